@@ -1,0 +1,1 @@
+"""Credit schemes: rewards to advantages, one scheme per file."""

@@ -1,0 +1,57 @@
+"""What a credit scheme does: rewards of episodes in, one advantage per turn out. Nothing is mutated but its own state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coterie.config import CreditConfig, explain
+from coterie.errors import ConfigError
+from coterie.registry import resolve
+from coterie.types import Advantages, Episode, TrainingMode
+
+
+class CreditOptions(BaseModel):
+    """Base of a scheme's own settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Credit(Protocol):
+    def advantages(self, episodes: Sequence[Episode]) -> Advantages:
+        """One advantage for every turn of every trajectory of `episodes`, in any order of the episodes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved to go on exactly (JSON values)."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+SCHEMES = {
+    "group_relative": "coterie.credit.group_relative:GroupRelative",
+    "moving_average": "coterie.credit.moving_average:MovingAverage",
+    "team_structured": "coterie.credit.team_structured:TeamStructured",
+}
+
+FITTING = {
+    TrainingMode.COOPERATIVE: "team_structured",
+    TrainingMode.COMPETITIVE: "group_relative",
+    TrainingMode.TEAM_BATTLE: "team_structured",
+    TrainingMode.MIXED: "group_relative",
+}
+"""The scheme "auto" stands for."""
+
+
+def build_credit(config: CreditConfig, mode: TrainingMode) -> Credit:
+    """Raises `ConfigError` for an unknown scheme or option."""
+    name = FITTING[mode] if config.scheme == "auto" else config.scheme
+    scheme = resolve("credit", name, SCHEMES)
+    try:
+        built: Credit = scheme(scheme.Options.model_validate(config.options))
+    except ValidationError as error:
+        raise ConfigError(f"credit {name!r}, options: {explain(error, scheme.Options)}") from error
+    return built

@@ -1,0 +1,45 @@
+"""The seam between the loop and whatever generates text: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from coterie.types import AdapterVersion, Generation, GenerateRequest, Observation, Tier
+
+
+class Engine(Protocol):
+    """Generates turns under adapter versions that were published to it."""
+
+    tier: Tier
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Generate once. Raises `EngineError` when the adapter version was never published here, or the request
+        cannot fit (prompt and answer longer than the model's context, or than the cache)."""
+        ...
+
+    async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None:
+        """Make an adapter version available. `adapter_dir` holds it in PEFT format; None where engine and learner
+        share their weights, and publishing only moves the version number."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ChatFormat(Protocol):
+    """How observations become prompt ids and ids become text, for one base model."""
+
+    stop_ids: tuple[int, ...]
+
+    def render(self, observation: Observation) -> tuple[int, ...]:
+        """Prompt ids under the chat template, assistant turn opened, `observation.prefix` appended."""
+        ...
+
+    def encode_choices(self, observation: Observation, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each choice as a continuation of the rendered prompt."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        ...

@@ -1,0 +1,1 @@
+"""Training modes: who hears whom, and how the reward pool is divided."""

@@ -1,0 +1,1 @@
+"""Task prompts, Chinese and English, as template files."""

@@ -1,0 +1,1 @@
+"""Playing episodes: tables, seats, concurrency, faults."""

@@ -1,0 +1,132 @@
+"""What a scenario is: rules that read top to bottom as one async function, and what it may ask of a table.
+
+    class Greeting:
+        Options = MyOptions                                  # a pydantic model; unknown options are refused
+        def __init__(self, options: MyOptions) -> None: ...
+        def tasks(self, split, seed): yield TrainingTask(...)     # endless for "train", finite for "heldout"
+        def seats(self, task): return [Seat("host"), Seat("guest")]
+        async def play(self, task, table):
+            turn = await table["host"].act(Observation(user="Say hello."), choices=("hello", "goodbye"))
+            return Outcome(scores={"host": float(turn.choice == 0), "guest": 0.0})
+
+All randomness comes from `table.rng` (seeded per episode) and the seed given to `tasks`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coterie.config import explain
+from coterie.errors import ConfigError
+from coterie.registry import resolve
+from coterie.types import Observation, Outcome, PlayerCard, Seat, SeatId, Split, Strategy, TrainingTask, Turn
+
+Script = Callable[[Observation, Sequence[str], random.Random], str]
+"""A scripted player: (observation, choices, rng) -> the text it answers."""
+
+
+class ScenarioOptions(BaseModel):
+    """Base of a scenario's own settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SeatHandle(Protocol):
+    """One seat, as a scenario asks it for turns."""
+
+    card: PlayerCard
+
+    async def act(
+        self,
+        observation: Observation,
+        *,
+        choices: Sequence[str] | None = None,
+        max_tokens: int = 16,
+        kind: str = "answer",
+    ) -> Turn:
+        """Ask for one turn. With `choices`, the answer is one of them (`turn.choice` is its index); without,
+        it is free text of at most `max_tokens` tokens. Raises `ScenarioError` past `task.max_steps` turns."""
+        ...
+
+    async def distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
+        """The exact probability of each choice; no turn is taken. For exact evaluation."""
+        ...
+
+
+class Table(Protocol):
+    """Where one episode is played."""
+
+    task: TrainingTask
+    strategy: Strategy
+    language: str
+    """Of the prompts: "en" or "zh"."""
+    rng: random.Random
+    seats: tuple[SeatId, ...]
+
+    def __getitem__(self, seat_id: SeatId) -> SeatHandle: ...
+
+    def hears(self, listener: SeatId, speaker: SeatId) -> bool:
+        """Whether mode and roles let advice of `speaker` reach `listener`."""
+        ...
+
+    def delivers(self, speaker: SeatId) -> bool:
+        """False when this speaker's advice is withheld in this episode, drawn at random to measure its worth."""
+        ...
+
+
+class Scenario(Protocol):
+    """The rules: which tasks, which seats, and how one is played."""
+
+    Options: ClassVar[type[ScenarioOptions]]
+
+    def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
+        """Tasks of one side of the train/held-out border; the same seed gives the same tasks.
+
+        TRAIN never ends. HELDOUT may end. No content of one side appears on the other, unless the scenario has
+        only one task (a matrix game), which its docstring then says.
+        """
+        ...
+
+    def seats(self, task: TrainingTask) -> Sequence[Seat]: ...
+
+    async def play(self, task: TrainingTask, table: Table) -> Outcome: ...
+
+
+@runtime_checkable
+class ExactlyMeasured(Protocol):
+    """A scenario that can compute its metrics exactly from the policies, without sampling."""
+
+    async def exact(self, table: Table) -> Mapping[str, float]: ...
+
+
+@runtime_checkable
+class HasScripts(Protocol):
+    """A scenario that ships scripted players."""
+
+    scripts: Mapping[str, Script]
+
+
+SCENARIOS = {
+    "tasks": "coterie.scenarios.tasks:Tasks",
+    "jsonl": "coterie.scenarios.jsonl:JsonLines",
+    "signaling": "coterie.scenarios.signaling:Signaling",
+    "matrix": "coterie.scenarios.matrix:Matrix",
+}
+
+
+def build_scenario(name: str, options: Mapping[str, object]) -> Scenario:
+    """Find a scenario and give it its options.
+
+    Raises:
+        ConfigError: unknown scenario, unknown option (with the nearest valid one), impossible value.
+    """
+    scenario = resolve("scenario", name, SCENARIOS)
+    try:
+        built: Scenario = scenario(scenario.Options.model_validate(dict(options)))
+    except ValidationError as error:
+        raise ConfigError(f"scenario {name!r}, options: {explain(error, scenario.Options)}") from error
+    return built

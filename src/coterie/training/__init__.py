@@ -1,0 +1,1 @@
+"""From episodes to gradients: batches, losses, the learner."""
