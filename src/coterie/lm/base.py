@@ -1,0 +1,113 @@
+"""The frozen base model every policy shares: loading, and forward passes over packed tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from coterie.config import BaseConfig
+from coterie.errors import BaseModelError
+from coterie.lm import attention
+from coterie.lm.attention import Plan
+from coterie.lm.bank import AdapterBank, Segment
+from coterie.lm.chat import TokenizerChat
+from coterie.lm.embedded import resolve_base
+
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GemmaForCausalLM")
+
+
+class BaseModel:
+    """A causal language model with frozen weights, its chat format, and its bank of adapters."""
+
+    def __init__(self, model: Any, tokenizer: Any, path: Path, config: BaseConfig) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.path = path
+        self.chat = TokenizerChat(tokenizer)
+        self.hidden_size: int = model.config.hidden_size
+        self.layers: int = model.config.num_hidden_layers
+        self.heads: int = model.config.num_attention_heads
+        self.kv_heads: int = model.config.num_key_value_heads
+        self.head_dim: int = getattr(model.config, "head_dim", None) or self.hidden_size // self.heads
+        self.context: int = model.config.max_position_embeddings
+        window = getattr(model.config, "sliding_window", None)
+        if window and getattr(model.config, "use_sliding_window", True):
+            self.context = min(self.context, window)
+        self.vocabulary: int = model.config.vocab_size
+        self.fingerprint = _fingerprint(model)
+        self.bank = AdapterBank(model, config.lora_targets, config.lora_layers)
+        self.head: Tensor = model.get_output_embeddings().weight
+        self.device: torch.device = self.head.device
+        self.dtype: torch.dtype = self.head.dtype
+
+    def hidden(self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]) -> Tensor:
+        """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,)."""
+        with self.bank.routing(segments) if segments else nullcontext():
+            out = self.model.get_decoder()(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, plan=plan
+            )
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all."""
+        head = self.head if rows is None else self.head.index_select(0, rows)
+        return torch.nn.functional.linear(hidden, head).float()
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether this processor multiplies bfloat16 natively; elsewhere float32 is many times faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith("AVX512"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
+    """Load the base model a config names.
+
+    Raises:
+        BaseModelError: it does not exist, cannot be read, or its class is not supported.
+    """
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    path = resolve_base(config.model, allow_download=allow_download)
+    if config.dtype == "auto":
+        dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
+    else:
+        dtype = getattr(torch, config.dtype)
+    attention.register()
+    try:
+        architecture = (AutoConfig.from_pretrained(path).architectures or ["unknown"])[0]
+        if architecture not in SUPPORTED:
+            raise BaseModelError(
+                f"base model {config.model!r} is a {architecture}, which is not supported; "
+                f"supported classes: {', '.join(SUPPORTED)}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.ATTENTION_NAME)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base model {config.model!r} at {path} cannot be loaded: {error}") from error
+    return BaseModel(model.to(device), tokenizer, path, config)
+
+
+def _fingerprint(model: Any) -> str:
+    """Tells bases apart: shape settings and a sample of the weights; the same for float32 and bfloat16 loads."""
+    c = model.config
+    shape = [c.model_type, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.vocab_size]
+    sample = model.get_input_embeddings().weight[:: max(1, c.vocab_size // 64), :8].detach()
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    digest.update(sample.to(torch.bfloat16).to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

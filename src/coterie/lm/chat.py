@@ -1,0 +1,52 @@
+"""Observations to prompt ids and back, under the base model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from coterie.errors import BaseModelError
+from coterie.types import Observation
+
+
+class TokenizerChat:
+    """The chat format of one tokenizer. Rendering is cached: identical observations give the identical tuple."""
+
+    def __init__(self, tokenizer: Any, cache_size: int = 65536) -> None:
+        """`tokenizer`: a fast tokenizer of transformers with a chat template."""
+        if not tokenizer.chat_template:
+            raise BaseModelError(
+                "the base model's tokenizer has no chat template; use an instruct model, or add chat_template.jinja"
+            )
+        self.tokenizer = tokenizer
+        ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>"))}
+        unknown = tokenizer.unk_token_id
+        self.stop_ids = tuple(sorted(i for i in ends if i is not None and i != unknown))
+        self._special = tuple(sorted(tokenizer.all_special_tokens, key=len, reverse=True))
+        self.render = lru_cache(maxsize=cache_size)(self._render)
+        self._encode = lru_cache(maxsize=cache_size)(self._encode_text)
+
+    def _render(self, observation: Observation) -> tuple[int, ...]:
+        messages = [{"role": "system", "content": self._plain(observation.system)}] if observation.system else []
+        messages.append({"role": "user", "content": self._plain(observation.user)})
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self._encode(text + self._plain(observation.prefix))
+
+    def _plain(self, text: str) -> str:
+        # advice and task files are untrusted: a special token in them must not open or close a message
+        for token in self._special:
+            while token in text:
+                text = text.replace(token, "")
+        return text
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_choices(self, observation: Observation, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Ids of each choice; after a prefix that does not end in white space a space is put before the choice."""
+        space = " " if observation.prefix and not observation.prefix[-1].isspace() else ""
+        return tuple(self._encode(space + choice) for choice in choices)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
