@@ -22,12 +22,13 @@ _RIVALRY_WORDS = re.compile(r"竞争|优化|compet|optimi", re.IGNORECASE)
 
 
 def advice_speakers(table: Table) -> list[SeatId]:
-    """Seats that take an advice turn, in table order; none if the strategy has no communication.
+    """Seats that take an advice turn, in table order; none if the strategy has no communication, or if
+    `task.max_steps` leaves a seat one turn only, which is its answer.
 
     A seat nobody hears is left out: its advice could change nothing and would only cost tokens. Whether advice is
     withheld in this episode plays no part, or a speaker could tell.
     """
-    if not table.strategy.communication:
+    if not table.strategy.communication or table.task.max_steps < 2:
         return []
     central = table.strategy.leadership == "central"
     return [
