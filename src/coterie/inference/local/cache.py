@@ -1,0 +1,113 @@
+"""The key/value cache: a preallocated pool of slots, and the tree of tokens that hold them.
+
+Each node is one token after one exact prefix under one adapter version; whoever asks for the same prefix gets the
+same node, so a prompt asked by a thousand episodes is computed once. A node without a slot has not been computed (or
+its slot was given to somebody else) and is computed again when needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from coterie.types import AdapterVersion
+
+
+class Node:
+    """One cached token."""
+
+    __slots__ = ("children", "depth", "hidden", "memo", "parent", "slot", "token")
+
+    def __init__(self, token: int, parent: Node | None, depth: int) -> None:
+        self.token = token
+        self.parent = parent
+        self.depth = depth
+        self.slot = -1
+        self.hidden: Tensor | None = None
+        """Last hidden state (hidden,), once it was needed for sampling."""
+        self.memo: dict[object, object] = {}
+        """Sampling distributions already made at this node."""
+        self.children: dict[int, Node] = {}
+
+    def path(self) -> list[Node]:
+        """Nodes from the first token of the prompt to this one."""
+        nodes = []
+        node: Node | None = self
+        while node is not None and node.depth >= 0:
+            nodes.append(node)
+            node = node.parent
+        nodes.reverse()
+        return nodes
+
+    def child(self, token: int) -> Node:
+        node = self.children.get(token)
+        if node is None:
+            node = self.children[token] = Node(token, self, self.depth + 1)
+        return node
+
+
+class PrefixCache:
+    """Slots and the tree over them."""
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.slots = slots
+        self.keys = [torch.zeros(slots, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self._roots: dict[AdapterVersion | None, Node] = {}
+        self._prompts: dict[tuple[AdapterVersion | None, tuple[int, ...]], Node] = {}
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def node(self, adapter: AdapterVersion | None, tokens: tuple[int, ...]) -> Node:
+        """The node of the last of `tokens`; missing nodes are made, not computed."""
+        key = (adapter, tokens)
+        node = self._prompts.get(key)
+        if node is None:
+            node = self._roots.setdefault(adapter, Node(-1, None, -1))
+            for token in tokens:
+                node = node.child(token)
+            self._prompts[key] = node
+        return node
+
+    def take(self, nodes: Iterable[Node]) -> list[int]:
+        """Give each node a slot. The caller has made sure there are enough."""
+        slots = []
+        for node in nodes:
+            node.slot = self._free.pop()
+            slots.append(node.slot)
+        return slots
+
+    def keep_only(self, needed: Iterable[Node]) -> None:
+        """Free the slots of every node that is not on the path of a needed one."""
+        kept: set[int] = set()
+        for node in needed:
+            step: Node | None = node
+            while step is not None and id(step) not in kept:
+                kept.add(id(step))
+                step = step.parent
+        self._prompts.clear()
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            for token, child in list(node.children.items()):
+                stack.append(child)
+                if id(child) not in kept:
+                    if child.slot >= 0:
+                        self._free.append(child.slot)
+                        child.slot = -1
+                    child.hidden = None
+                    child.memo.clear()
+                    del node.children[token]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._roots.clear()
+        self._prompts.clear()
+        self._free = list(range(self.slots - 1, -1, -1))

@@ -1,0 +1,357 @@
+"""The in-process engine: coroutines ask, one loop answers all of them together.
+
+    generate() -> a _Run waits at a cache node -> the event loop falls quiet -> passes compute every distinct waiting
+    node once -> each run samples its token -> finished runs resolve, the others wait at their next node
+
+A step starts only when no coroutine can add another request, so what is batched together, and with it every
+floating-point result, is the same in every run of the same seed. Torch runs inside the event loop: an in-process
+engine has nothing to wait for, and a thread would make the batching depend on timing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from coterie.errors import EngineError
+from coterie.inference.local.cache import Node, PrefixCache
+from coterie.inference.local.choices import TrieNode, build_trie
+from coterie.inference.local.sampler import (
+    Distribution,
+    bias_row,
+    distributions,
+    sample_vocabulary,
+    scaled_logprobs,
+    uniform,
+)
+from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass
+from coterie.lm.attention import CachePlan
+from coterie.lm.base import BaseModel
+from coterie.types import AdapterVersion, Generation, GenerateRequest, Tier
+
+_QUIET_ROUNDS = 3
+"""Turns of the event loop without a new request after which a step starts."""
+
+
+class _Run:
+    """One request on its way."""
+
+    __slots__ = ("allowed", "born", "entropy", "future", "logprobs", "node", "request", "tokens", "trie")
+
+    def __init__(self, request: GenerateRequest, node: Node, trie: TrieNode | None) -> None:
+        self.request = request
+        self.node = node
+        self.trie = trie
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.entropy: list[float] = []
+        self.allowed: list[tuple[int, ...]] = []
+        self.born = time.perf_counter()
+        self.future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+
+
+class LocalEngine:
+    """Engine over a `BaseModel` and its adapter bank."""
+
+    tier = Tier.LOCAL
+
+    def __init__(self, base: BaseModel, *, cache_tokens: int = 16384, tokens_per_pass: int = 1024) -> None:
+        """`cache_tokens`: slots of key/value cache. `tokens_per_pass`: new tokens of one forward pass."""
+        self.base = base
+        self.cache = PrefixCache(base.layers, base.kv_heads, base.head_dim, cache_tokens, base.dtype, base.device)
+        self.tokens_per_pass = tokens_per_pass
+        self.tokens_computed = 0
+        """Tokens that went through the model since the engine was made."""
+        self.requests_served = 0
+        self._runs: list[_Run] = []
+        self._stepping = False
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
+
+    # -- the Engine protocol ------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """See `Engine.generate`."""
+        if request.distribution:
+            return await self._exact(request)
+        return await self._enqueue(request)
+
+    async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None:
+        """Move the model's current adapter to `version`. Cached keys of older versions are forgotten."""
+        if adapter_dir is not None:
+            raise EngineError("the in-process engine shares the learner's weights; publish with adapter_dir=None")
+        self.base.bank.publish(version)
+        self.cache.clear()
+
+    async def close(self) -> None:
+        for run in self._runs:
+            run.future.cancel()
+        self._runs.clear()
+        self.cache.clear()
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: GenerateRequest) -> asyncio.Future[Generation]:
+        self._check(request)
+        trie = build_trie(request.choices, self._stop_id(request)) if request.choices is not None else None
+        run = _Run(request, self.cache.node(request.adapter, request.prompt_ids), trie)
+        self._runs.append(run)
+        if not self._stepping:
+            self._stepping = True
+            self._wait_until_quiet(len(self._runs), _QUIET_ROUNDS)
+        return run.future
+
+    def _stop_id(self, request: GenerateRequest) -> int | None:
+        stops = request.stop_ids or self.base.chat.stop_ids
+        return stops[0] if stops else None
+
+    def _check(self, request: GenerateRequest) -> None:
+        longest = max(map(len, request.choices)) if request.choices else request.max_tokens
+        length = len(request.prompt_ids) + longest
+        limit = min(self.base.context, self.cache.slots)
+        if not request.prompt_ids:
+            raise EngineError("prompt_ids is empty")
+        if request.max_tokens < 1:
+            raise EngineError(f"max_tokens {request.max_tokens} must be at least 1")
+        if length > limit:
+            what = "context" if self.base.context <= self.cache.slots else "key/value cache (engine.cache_tokens)"
+            raise EngineError(f"prompt and answer need {length} tokens, but the {what} holds {limit}")
+        if request.adapter is not None and not self.base.bank.holds(request.adapter):
+            raise EngineError(f"adapter {request.adapter.name} was never published to this engine, or is gone")
+
+    async def _exact(self, request: GenerateRequest) -> Generation:
+        """Exact probability of every choice, by walking all branches of the trie."""
+        if request.choices is None:
+            raise EngineError("distribution=True needs choices")
+        root = build_trie(request.choices, self._stop_id(request))
+        probs = [0.0] * len(request.choices)
+        stack: list[tuple[TrieNode, tuple[int, ...], float]] = [(root, (), 1.0)]
+        while stack:
+            trie, path, mass = stack.pop()
+            while len(trie.allowed) == 1:
+                path = (*path, trie.allowed[0])
+                trie = trie.children[trie.allowed[0]]
+            if trie.final:
+                assert trie.choice is not None
+                probs[trie.choice] += mass
+                continue
+            at = GenerateRequest(
+                prompt_ids=request.prompt_ids + path,
+                adapter=request.adapter,
+                seed=0,
+                temperature=request.temperature or 1.0,
+                choices=tuple((token,) for token in trie.allowed),
+                bias=request.bias,
+            )
+            await self._enqueue(at)
+            node = self.cache.node(at.adapter, at.prompt_ids)
+            distribution = self._distribution_at(node, trie.allowed, at.bias, at.temperature)
+            for token, p in zip(distribution.allowed, distribution.probs, strict=True):
+                stack.append((trie.children[token], (*path, token), mass * p))
+        return Generation(
+            prompt_ids=request.prompt_ids, token_ids=(), logprobs=(), allowed=(), entropy=(),
+            adapter=request.adapter, tier=self.tier, finish_reason="choice", choice_probs=tuple(probs),
+        )  # fmt: skip
+
+    # -- stepping -----------------------------------------------------------------------------------------------
+
+    def _wait_until_quiet(self, known: int, rounds: int) -> None:
+        loop = asyncio.get_running_loop()
+        if len(self._runs) != known:
+            rounds = _QUIET_ROUNDS
+        if rounds > 0:
+            loop.call_soon(self._wait_until_quiet, len(self._runs), rounds - 1)
+            return
+        try:
+            self._step()
+        except Exception as error:  # noqa: BLE001 - every waiting coroutine must learn of it
+            failed, self._runs = self._runs, []
+            for run in failed:
+                if not run.future.done():
+                    run.future.set_exception(error)
+        if self._runs:
+            self._wait_until_quiet(len(self._runs), _QUIET_ROUNDS)
+        else:
+            self._stepping = False
+
+    def _step(self) -> None:
+        """Bring every waiting run forward by one token (several where tokens are forced)."""
+        self._runs = [run for run in self._runs if not run.future.done()]
+        for run in self._runs:
+            self._skip_forced(run)
+        self._settle()
+        done = self._compute()
+        self._sample(done)
+        self._settle()
+
+    def _compute(self) -> list[_Run]:
+        """Compute hidden states for as many runs, in order of arrival, as the cache holds; return those runs."""
+        waiting: dict[int, tuple[AdapterVersion | None, Node]] = {}
+        for run in self._runs:
+            if run.node.hidden is None:
+                waiting.setdefault(id(run.node), (run.request.adapter, run.node))
+        todo = list(waiting.values())
+        served = 0
+        while served < len(todo):
+            work = plan_pass(todo[served:], self.tokens_per_pass)
+            fresh = [node for node in work.nodes if node.slot < 0]
+            if len(fresh) > self.cache.free:
+                if served:
+                    break
+                self.cache.keep_only(self._fitting(todo))
+                todo = [item for item in todo if item[1].hidden is None]
+                work = plan_pass(todo, min(self.tokens_per_pass, self.cache.free))
+                if sum(node.slot < 0 for node in work.nodes) > self.cache.free:
+                    self.cache.keep_only(todo[0][1].path())
+                    work = plan_pass(todo[:1], self.cache.free)
+            self._forward(work)
+            served += work.served
+        return [run for run in self._runs if run.node.hidden is not None]
+
+    def _fitting(self, todo: list[tuple[AdapterVersion | None, Node]]) -> list[Node]:
+        """The first waiting nodes whose paths together leave room for one another."""
+        kept: set[int] = set()
+        nodes = []
+        for _, node in todo:
+            path = {id(step) for step in node.path()} - kept
+            if nodes and len(kept) + len(path) > self.cache.slots:
+                break
+            kept |= path
+            nodes.append(node)
+        return nodes
+
+    @torch.no_grad()
+    def _forward(self, work: Pass) -> None:
+        device = self.base.device
+        self.cache.take(node for node in work.nodes if node.slot < 0)
+        made, order = buckets(attention_rows(work.nodes), len(work.nodes), device)
+        plan = CachePlan(
+            self.cache.keys,
+            self.cache.values,
+            torch.tensor([node.slot for node in work.nodes], device=device),
+            made,
+            order,
+        )
+        segments = [(self.base.bank.get(v), start, end) for v, start, end in work.segments if v is not None]
+        hidden = self.base.hidden(
+            torch.tensor([node.token for node in work.nodes], device=device),
+            torch.tensor([node.depth for node in work.nodes], device=device),
+            plan,
+            segments,
+        )
+        for index in work.wanted:
+            work.nodes[index].hidden = hidden[index].clone()
+        self.tokens_computed += len(work.nodes)
+
+    # -- sampling -----------------------------------------------------------------------------------------------
+
+    def _sample(self, runs: list[_Run]) -> None:
+        free = [run for run in runs if run.trie is None]
+        for run in runs:
+            if run.trie is not None:
+                request = run.request
+                at = self._distribution_at(run.node, run.trie.allowed, request.bias, request.temperature)
+                u = uniform(request.seed, len(run.tokens))
+                token, logprob = at.sample(u) if request.temperature else at.greedy()
+                self._advance(run, token, logprob, at.entropy, at.allowed)
+        if free:
+            self._sample_free(free)
+
+    def _distribution_at(
+        self, node: Node, allowed: tuple[int, ...], bias: Mapping[int, float] | None, temperature: float
+    ) -> Distribution:
+        row = bias_row(allowed, bias)
+        key = (allowed, temperature, tuple(row) if row else None)
+        found = node.memo.get(key)
+        if found is None:
+            assert node.hidden is not None
+            rows = self._rows.get(allowed)
+            if rows is None:
+                rows = self._rows[allowed] = torch.tensor(allowed, device=self.base.device)
+            with torch.no_grad():
+                logprobs = scaled_logprobs(self.base.logits(node.hidden[None], rows), row, temperature)
+            found = node.memo[key] = distributions(logprobs, allowed)[0]
+        assert isinstance(found, Distribution)
+        return found
+
+    @torch.no_grad()
+    def _sample_free(self, runs: list[_Run]) -> None:
+        groups: dict[tuple[int, float, int], list[_Run]] = {}
+        for run in runs:
+            groups.setdefault((id(run.node), run.request.temperature, id(run.request.bias)), []).append(run)
+        heads = [members[0] for members in groups.values()]
+        logits = self.base.logits(torch.stack([run.node.hidden for run in heads if run.node.hidden is not None]))
+        for run, row in zip(heads, logits, strict=True):
+            for token, value in (run.request.bias or {}).items():
+                row[token] += value
+        temperatures = torch.tensor([run.request.temperature or 1.0 for run in heads], device=logits.device)
+        logprobs = (logits / temperatures[:, None]).log_softmax(-1)
+        entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
+        rows, members = [], []
+        for number, group in enumerate(groups.values()):
+            rows.extend([number] * len(group))
+            members.extend(group)
+        tokens, chosen = sample_vocabulary(
+            logprobs[torch.tensor(rows, device=logits.device)],
+            [uniform(run.request.seed, len(run.tokens)) for run in members],
+            [run.request.temperature == 0 for run in members],
+        )
+        for run, number, token, logprob in zip(members, rows, tokens, chosen, strict=True):
+            self._advance(run, token, logprob, entropy[number], None)
+
+    def _advance(
+        self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None
+    ) -> None:
+        run.tokens.append(token)
+        run.logprobs.append(logprob)
+        run.entropy.append(entropy)
+        if allowed is not None and run.trie is not None:
+            run.allowed.append(allowed)
+            run.trie = run.trie.children[token]
+            if run.trie.final:
+                return
+        run.node = run.node.child(token)
+
+    def _skip_forced(self, run: _Run) -> None:
+        """Walk through tokens that have no alternative; they need no logits."""
+        while run.trie is not None and len(run.trie.allowed) == 1:
+            self._advance(run, run.trie.allowed[0], 0.0, 0.0, run.trie.allowed)
+
+    def _settle(self) -> None:
+        """Resolve the runs that are finished."""
+        rest = []
+        for run in self._runs:
+            request = run.request
+            if run.trie is not None:
+                if not run.trie.final:
+                    rest.append(run)
+                    continue
+                reason = "choice"
+            elif run.tokens and run.tokens[-1] in (request.stop_ids or self.base.chat.stop_ids):
+                reason = "stop"
+            elif len(run.tokens) >= request.max_tokens:
+                reason = "length"
+            else:
+                rest.append(run)
+                continue
+            if not run.future.done():
+                run.future.set_result(self._finished(run, reason))
+        self._runs = rest
+
+    def _finished(self, run: _Run, reason: str) -> Generation:
+        self.requests_served += 1
+        return Generation(
+            prompt_ids=run.request.prompt_ids,
+            token_ids=tuple(run.tokens),
+            logprobs=tuple(run.logprobs),
+            allowed=tuple(run.allowed) if run.trie is not None else None,
+            entropy=tuple(run.entropy),
+            adapter=run.request.adapter,
+            tier=self.tier,
+            finish_reason=reason,  # type: ignore[arg-type]
+            choice=run.trie.choice if run.trie is not None else None,
+            latency_s=time.perf_counter() - run.born,
+        )

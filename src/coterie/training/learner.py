@@ -1,0 +1,283 @@
+"""The learner: one step for all policies at once.
+
+All policies' sequences are packed into prefix forests, each pass goes once through the frozen base with every policy's
+tokens routed through its own adapter, and each policy then takes its own clipped AdamW step. Micro-batches do not
+change the gradient: every term is divided by numbers known before the first pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from coterie.config import LearnerConfig
+from coterie.inference.local.sampler import scaled_logprobs
+from coterie.lm.base import BaseModel
+from coterie.lm.forest import Forest, pack, split
+from coterie.models import ModelConfig
+from coterie.training.batch import Batch, HeadKey, Term
+from coterie.training.loss import columns, divergence, entropy, surrogate
+from coterie.types import ModelId
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one update did to one policy. Means are over sampled tokens."""
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    """nats"""
+    kl: float = 0.0
+    """nats; 0 when kl_coefficient is 0"""
+    mismatch: float = 0.0
+    """Mean absolute difference of learner and engine log-probabilities before the step, nats."""
+    max_ratio: float = 1.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    tokens: int = 0
+    """Sampled tokens that had an alternative."""
+    stepped: bool = False
+
+
+@dataclass(slots=True)
+class LearnerStats:
+    """What one update did."""
+
+    policies: dict[ModelId, StepStats] = field(default_factory=dict)
+    packed_tokens: int = 0
+    """Distinct tokens that went through the base, all passes together."""
+    naive_tokens: int = 0
+    """Tokens one sequence at a time would have needed."""
+
+
+class Learner:
+    """Updates the adapters of `models` in the bank of `base`."""
+
+    def __init__(self, base: BaseModel, models: Sequence[ModelConfig], config: LearnerConfig, updates: int) -> None:
+        """`updates`: planned length of the run, for the learning rate's schedule."""
+        self.base = base
+        self.config = config
+        self.updates = updates
+        self.models = {m.model_id: m for m in models}
+        self._optimizers: dict[ModelId, torch.optim.AdamW] = {}
+        for m in models:
+            self.add(m)
+
+    def add(self, model: ModelConfig) -> None:
+        """Start training another adapter of the bank."""
+        adapter = self.base.bank.training(model.model_id)
+        flat = nn.Parameter(adapter.flat)
+        flat.grad = adapter.grad
+        self.models[model.model_id] = model
+        self._optimizers[model.model_id] = torch.optim.AdamW(
+            [flat], lr=model.learning_rate, betas=self.config.betas, weight_decay=self.config.weight_decay
+        )
+
+    def remove(self, model_id: ModelId) -> None:
+        del self._optimizers[model_id], self.models[model_id]
+
+    @property
+    def keep_zero(self) -> bool:
+        """Whether tokens without advantage still matter to the loss."""
+        return self.config.entropy_bonus > 0 or self.config.kl_coefficient > 0
+
+    def step(self, batch: Batch, update: int) -> LearnerStats:
+        """One update (of `config.passes` optimizer steps) of every policy that has terms; `update` counts from 1."""
+        stats = LearnerStats({model_id: StepStats() for model_id in batch.policies})
+        stats.naive_tokens = sum(len(tokens) for _, tokens in batch.sequences)
+        for number in range(self.config.passes):
+            self.backward(batch, stats, first=number == 0)
+            for model_id in batch.policies:
+                self._update(model_id, stats.policies[model_id], update)
+        return stats
+
+    # -- gradients ----------------------------------------------------------------------------------------------
+
+    def backward(self, batch: Batch, stats: LearnerStats | None = None, *, first: bool = True) -> None:
+        """Write the gradient of the whole batch into the adapters, replacing what was there."""
+        stats = stats or LearnerStats({model_id: StepStats() for model_id in batch.policies})
+        for model_id in batch.policies:
+            grad = self.base.bank.training(model_id).grad
+            assert grad is not None
+            grad.zero_()
+        if not batch.terms:
+            return
+        by_sequence: dict[int, list[tuple[HeadKey, Term]]] = {}
+        for head, terms in batch.terms.items():
+            for term in terms:
+                by_sequence.setdefault(term.sequence, []).append((head, term))
+        for chosen in split(batch.sequences, self.config.tokens_per_pass):
+            forest = pack([batch.sequences[i] for i in chosen])
+            heads: dict[HeadKey, list[tuple[int, int, Term]]] = {}
+            for local, i in enumerate(chosen):
+                policy = batch.sequences[i][0]
+                for head, term in by_sequence.get(i, ()):
+                    heads.setdefault(head, []).append((int(forest.paths[local][term.position]), policy, term))
+            self._pass(batch, forest, heads, stats, first)
+            stats.packed_tokens += forest.size
+
+    def _pass(
+        self,
+        batch: Batch,
+        forest: Forest,
+        heads: Mapping[HeadKey, list[tuple[int, int, Term]]],
+        stats: LearnerStats,
+        first: bool,
+    ) -> None:
+        base, device = self.base, self.base.device
+        ids = torch.from_numpy(forest.token_ids).to(device)
+        positions = torch.from_numpy(forest.positions).to(device)
+        plan = forest.plan()
+        segments = [(base.bank.training(batch.policies[p]), start, end) for p, start, end in forest.segments]
+        reference: Tensor | None = None
+        if self.config.kl_coefficient > 0:
+            with torch.no_grad():
+                reference = base.hidden(ids, positions, plan, [])
+        hidden = base.hidden(ids, positions, plan, segments)
+        scale = torch.tensor([1.0 / max(1, n) for n in batch.turns], device=device)
+        losses = []
+        for head, entries in heads.items():
+            losses.append(self._head_loss(head, entries, hidden, reference, scale, batch, stats, first))
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _head_loss(
+        self,
+        head: HeadKey,
+        entries: list[tuple[int, int, Term]],
+        hidden: Tensor,
+        reference: Tensor | None,
+        scale: Tensor,
+        batch: Batch,
+        stats: LearnerStats,
+        first: bool,
+    ) -> Tensor:
+        config, device = self.config, self.base.device
+        # several terms may stand at one site (one packed token): its logits are computed once
+        sites: dict[int, int] = {}
+        site_of = [sites.setdefault(index, len(sites)) for index, _, _ in entries]
+        rows = torch.tensor(list(sites), device=device)
+        logprobs = self._logprobs(head, hidden.index_select(0, rows))
+        if head.allowed is None:
+            column = [term.token for _, _, term in entries]
+        else:
+            place = {token: i for i, token in enumerate(head.allowed)}
+            column = [place[term.token] for _, _, term in entries]
+        at = torch.tensor(site_of, device=device)
+        logprob = logprobs[at, torch.tensor(column, device=device)]
+        terms = columns([(t.old_logprob, t.gain, t.loss, t.count) for _, _, t in entries], device)
+        policy = torch.tensor([p for _, p, _ in entries], device=device)
+        weight = scale[policy]
+        value = surrogate(logprob, terms, config) * weight
+        spread = entropy(logprobs)[at]
+        if config.entropy_bonus > 0:
+            value = value + config.entropy_bonus * spread * terms.count * weight
+        distance = torch.zeros_like(spread)
+        if reference is not None:
+            base = self._logprobs(head, reference.index_select(0, rows))
+            distance = divergence(logprobs, base)[at]
+            value = value - config.kl_coefficient * distance * terms.count * weight
+        if first:
+            _tally(stats, batch, policy, value, spread, distance, logprob, terms.old_logprob, terms.count)
+        return -value.sum()
+
+    def _logprobs(self, head: HeadKey, hidden: Tensor) -> Tensor:
+        """float32 (sites, allowed) log-probabilities of the sampling policy, normalised as the engine did."""
+        if head.allowed is not None:
+            rows = torch.tensor(head.allowed, device=self.base.device)
+            lookup = dict(head.bias)
+            bias = [lookup.get(token, 0.0) for token in head.allowed] if lookup else None
+            return scaled_logprobs(self.base.logits(hidden, rows), bias, head.temperature)
+        logits = self.base.logits(hidden)
+        if head.bias:
+            bias_row = torch.zeros(logits.shape[-1], device=logits.device)
+            for token, value in head.bias:
+                bias_row[token] = value
+            logits = logits + bias_row
+        return scaled_logprobs(logits, None, head.temperature)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def _update(self, model_id: ModelId, stats: StepStats, update: int) -> None:
+        adapter = self.base.bank.training(model_id)
+        assert adapter.grad is not None
+        norm = float(adapter.grad.norm())
+        stats.grad_norm = norm
+        stats.learning_rate = self.models[model_id].learning_rate * self.schedule(update)
+        # no gradient, no step: AdamW's momentum must not move a policy that learned nothing
+        if norm == 0.0 or not math.isfinite(norm):
+            return
+        if norm > self.config.max_grad_norm:
+            adapter.grad.mul_(self.config.max_grad_norm / norm)
+        optimizer = self._optimizers[model_id]
+        optimizer.param_groups[0]["lr"] = stats.learning_rate
+        optimizer.step()
+        stats.stepped = True
+
+    def schedule(self, update: int) -> float:
+        """Share of the learning rate at `update` (from 1): linear warm-up, then linear fall."""
+        config = self.config
+        if update <= config.warmup_updates:
+            return update / (config.warmup_updates + 1)
+        done = (update - config.warmup_updates - 1) / max(1, self.updates - config.warmup_updates - 1)
+        return 1.0 - min(1.0, done) * (1.0 - config.final_learning_rate)
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Adapters and optimizer moments by name, for a checkpoint."""
+        out: dict[str, Tensor] = {}
+        for model_id, optimizer in self._optimizers.items():
+            out[f"{model_id}/weights"] = self.base.bank.training(model_id).flat.detach().cpu().clone()
+            (moments,) = list(optimizer.state.values()) or [{}]
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                if name in moments:
+                    out[f"{model_id}/{name}"] = moments[name].detach().cpu().clone()
+        return out
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a `state()`; adapters must have the same shapes."""
+        for model_id, optimizer in self._optimizers.items():
+            adapter = self.base.bank.training(model_id)
+            with torch.no_grad():
+                adapter.flat.copy_(state[f"{model_id}/weights"])
+            (parameter,) = optimizer.param_groups[0]["params"]
+            optimizer.state.clear()
+            if f"{model_id}/step" in state:
+                optimizer.state[parameter] = {
+                    "step": state[f"{model_id}/step"].clone(),
+                    "exp_avg": state[f"{model_id}/exp_avg"].clone().to(adapter.flat.device),
+                    "exp_avg_sq": state[f"{model_id}/exp_avg_sq"].clone().to(adapter.flat.device),
+                }
+
+
+@torch.no_grad()
+def _tally(
+    stats: LearnerStats,
+    batch: Batch,
+    policy: Tensor,
+    value: Tensor,
+    spread: Tensor,
+    distance: Tensor,
+    logprob: Tensor,
+    old: Tensor,
+    count: Tensor,
+) -> None:
+    """Add one head's terms to the running means of their policies."""
+    for number, model_id in enumerate(batch.policies):
+        mine = policy == number
+        n = float(count[mine].sum())
+        if n == 0:
+            continue
+        s = stats.policies[model_id]
+        share = n / (s.tokens + n)
+        gap = (logprob - old)[mine]
+        for name, column in (("entropy", spread[mine]), ("kl", distance[mine]), ("mismatch", gap.abs())):
+            mean = float((column * count[mine]).sum()) / n
+            setattr(s, name, getattr(s, name) + share * (mean - getattr(s, name)))
+        s.max_ratio = max(s.max_ratio, float(gap.max().exp()))
+        s.loss -= float(value[mine].sum())
+        s.tokens += int(n)
