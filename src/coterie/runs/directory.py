@@ -18,7 +18,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
@@ -112,6 +112,20 @@ class RunDirectory:
     def database_path(self) -> Path:
         return self.path / "episodes.sqlite"
 
+    def discard_unused(self) -> None:
+        """Take back a run in which nothing has happened yet: delete what `create` made, and nothing else.
+
+        Does nothing once there are metrics or a checkpoint. Files of anyone else stay, and so does their folder.
+        """
+        if self.metrics_path.exists() or self.checkpoints():
+            return
+        database = self.database_path.name
+        for name in ("run.json", "config.toml", database, f"{database}-wal", f"{database}-shm"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in ("adapters", "checkpoints", "results"):
+            with suppress(OSError):
+                (self.path / folder).rmdir()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for writing.
@@ -163,9 +177,14 @@ class RunDirectory:
         write_atomically(folder / f"{name}.json", json_text(data, indent=2) + "\n")
 
 
+def command(verb: str, path: Path) -> str:
+    """What to type to use the run in `path`; ready to be pasted."""
+    return f"coterie {verb} {shlex.quote(str(path))}"
+
+
 def resume_command(path: Path) -> str:
     """What to type to go on with the run in `path`."""
-    return f"coterie train --resume {shlex.quote(str(path))}"
+    return command("train --resume", path)
 
 
 def default_folder(config: RunConfig, now: dt.datetime) -> Path:
