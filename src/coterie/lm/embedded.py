@@ -117,7 +117,7 @@ def status_of(model: EmbeddedModel, directory: Path) -> ModelStatus:
 
 def _problem(model: EmbeddedModel, directory: Path) -> str | None:
     if not directory.is_dir():
-        return "not fetched yet"
+        return "not fetched"
     try:
         marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
         made_from, files = (marker["format"], marker["gguf_sha256"]), dict(marker["files"])
