@@ -49,7 +49,7 @@ _PROMPTS: Final = {
     "zh": {"sender": "说信号。", "receiver": "说物体。", "target": "物体：", "symbol": "信号："},
 }
 _SPACE: Final = {"en": " ", "zh": ""}
-"""Between a label and the word after it."""
+"""Between a label and the word after it, in what is shown."""
 
 Words = int | tuple[str, ...]
 
@@ -140,7 +140,7 @@ class Signaling:
         symbols, targets = _word_lists(self.options, table.language)
         signal = await table["sender"].act(
             _sender_sees(targets[target], table.language),
-            choices=_continuations(symbols, table.language),
+            choices=symbols,
             kind="signal",
         )
         if signal.choice is None:  # an outside player that did not keep to the choices: nothing was signalled
@@ -148,10 +148,7 @@ class Signaling:
         else:
             seen = _receiver_sees(symbols[signal.choice], table.language)
             answers = await asyncio.gather(
-                *(
-                    table[seat].act(seen, choices=_continuations(targets, table.language), kind="guess")
-                    for seat in self._receivers
-                )
+                *(table[seat].act(seen, choices=targets, kind="guess") for seat in self._receivers)
             )
             right = {seat: float(turn.choice == target) for seat, turn in zip(self._receivers, answers, strict=True)}
         success = sum(right.values()) / len(right)
@@ -212,8 +209,7 @@ def mutual_information_bits(rows: Sequence[Sequence[float]]) -> float:
 async def _rows(
     table: Table, seat: SeatId, observations: Sequence[Observation], words: Sequence[str]
 ) -> list[tuple[float, ...]]:
-    choices = _continuations(words, table.language)
-    return list(await asyncio.gather(*(table[seat].distribution(seen, choices) for seen in observations)))
+    return list(await asyncio.gather(*(table[seat].distribution(seen, words) for seen in observations)))
 
 
 def _word_lists(options: SignalingOptions, language: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -231,7 +227,3 @@ def _sender_sees(target: str, language: str) -> Observation:
 def _receiver_sees(symbol: str, language: str) -> Observation:
     text = _PROMPTS[language]
     return Observation(system=text["receiver"], user=text["symbol"] + _SPACE[language] + symbol, prefix=text["target"])
-
-
-def _continuations(words: Sequence[str], language: str) -> list[str]:
-    return [_SPACE[language] + word for word in words]
