@@ -295,7 +295,21 @@ def check_sha256(path: Path, expected: str, model: EmbeddedModel) -> None:
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Write the model and tokenizer of a GGUF file into `directory` as bfloat16 safetensors in Hugging Face format."""
+    """Write the model and tokenizer of a GGUF file into `directory` as bfloat16 safetensors in Hugging Face format.
+
+    Raises:
+        BaseModelError: transformers or a library it needs for GGUF is too old or missing.
+    """
+    try:
+        _convert(gguf, directory)
+    except (ImportError, ValueError) as error:  # how transformers says that a library is missing or too old
+        raise BaseModelError(
+            f"cannot convert {gguf.name} with transformers {version('transformers')}: {error} "
+            f"Install Coterie with the versions it was tested with: pip install -c constraints.txt coterie"
+        ) from error
+
+
+def _convert(gguf: Path, directory: Path) -> None:
     import io
     from contextlib import redirect_stderr
 
