@@ -121,7 +121,9 @@ class EvaluationConfig(Section):
     tasks: int = Field(default=100, ge=0)
     """Held-out tasks at the end of training; 0: none."""
     every: int = Field(default=0, ge=0)
-    """Updates between evaluations while training; 0: only at the end."""
+    """Updates between measurements of a scenario's exact metrics while training; 0: only at the end."""
+    until: dict[str, float] = Field(default_factory=dict)
+    """Training ends early once each of these exact metrics has reached its value, for example success = 0.99."""
 
 
 class RunFolderConfig(Section):

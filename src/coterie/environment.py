@@ -1,0 +1,428 @@
+"""The system as a user holds it: models, tasks, a mode, and cycles of training.
+
+    env = MultiModelEnvironment(training_mode=TrainingMode.COOPERATIVE)
+    for config in create_cooperative_team():
+        env.add_model(config)
+    env.run_training_cycle(cycles=5)
+    print(env.get_environment_stats())
+
+The command line drives the same class: `from_config` for a new run, `resume` for one that goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from coterie.config import RunConfig, check_models, parse_config
+from coterie.credit.base import build_credit
+from coterie.errors import BaseModelError, ConfigError, RunFolderError
+from coterie.models import LoRAModel, ModelConfig
+from coterie.modes.base import build_mode
+from coterie.monitor.console import Observer, Silent
+from coterie.monitor.metrics import UpdateRecord
+from coterie.monitor.tables import ResultTable
+from coterie.rollout.calibration import Calibration
+from coterie.rollout.matchmaking import with_person
+from coterie.rollout.runner import Plan, Runner, with_services
+from coterie.rollout.table import Ask, TableServices, stable_seed
+from coterie.runs.directory import RunDirectory
+from coterie.runs.sinks import MetricsFile
+from coterie.runs.store import Store
+from coterie.scenarios.base import HasScripts, build_scenario
+from coterie.types import AdapterVersion, Episode, FailedEpisode, ModelId, SeatId, Split, TrainingMode, TrainingTask
+
+if TYPE_CHECKING:
+    from coterie.evaluation import Evaluation
+    from coterie.lm.base import BaseModel
+    from coterie.loop import TrainingLoop
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSummary:
+    """How a training ended."""
+
+    completed: bool
+    """False when it was stopped before its last update."""
+    update: int
+    table: ResultTable | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+class MultiModelEnvironment:
+    """Several LoRA policies on one base, trained together in one scenario."""
+
+    def __init__(
+        self,
+        vllm_url: str | None = None,
+        training_mode: TrainingMode | str = TrainingMode.COOPERATIVE,
+        max_models: int = 10,
+        *,
+        config: RunConfig | None = None,
+        observer: Observer | None = None,
+        run_dir: RunDirectory | None = None,
+    ) -> None:
+        """
+        Args:
+            vllm_url: a vLLM server; reserved for the HTTP engine, which this version does not have.
+            training_mode: who hears whom and how rewards are divided.
+            max_models: most models `add_model` accepts.
+            config: everything else (scenario, base, rollout, learner, …); its mode and max_models are used
+                instead of the two arguments above.
+            observer: is told what happens; None: nobody.
+            run_dir: where to keep the run; None: nothing is written.
+
+        Raises:
+            ConfigError: an impossible setting, or a vllm_url.
+        """
+        if vllm_url is not None:
+            raise ConfigError(
+                f"vllm_url={vllm_url!r}: turns cannot come from a vLLM server in this version; leave vllm_url out, "
+                "and the engine inside the process generates them"
+            )
+        if config is None:
+            config = parse_config({"mode": TrainingMode(training_mode), "max_models": max_models})
+        self.config = config
+        self.observer: Observer = observer or Silent()
+        self.run_dir = run_dir
+        self.scenario = build_scenario(config.scenario.id, config.scenario.options)
+        self.mode = build_mode(config.mode)
+        self.credit = build_credit(config.credit, config.mode)
+        self.calibration = Calibration()
+        self.models: dict[ModelId, LoRAModel] = {}
+        self._own_tasks: list[TrainingTask] = []
+        self._loop: TrainingLoop | None = None
+        self._base: BaseModel | None = None
+        self._store: Store | None = None
+        self._stopping = False
+        for model in config.models:
+            self.add_model(model)
+
+    @classmethod
+    def from_config(
+        cls, config: RunConfig, *, run_dir: RunDirectory | None = None, observer: Observer | None = None
+    ) -> MultiModelEnvironment:
+        """The environment of a whole run config, with its base loaded."""
+        env = cls(config=config, observer=observer, run_dir=run_dir)
+        env._check_seats()
+        env.build()
+        return env
+
+    @classmethod
+    def resume(cls, run_dir: RunDirectory, observer: Observer | None = None) -> MultiModelEnvironment:
+        """A stopped run, at its latest checkpoint. Raises `RunFolderError` when it has none."""
+        from coterie.runs.checkpoint import load_checkpoint
+
+        folder = run_dir.latest_checkpoint()
+        if folder is None:
+            raise RunFolderError(f"run {run_dir.path} has no checkpoint to go on from")
+        checkpoint = load_checkpoint(folder)
+        env = cls(config=run_dir.config, observer=observer, run_dir=run_dir)
+        env.mode.restore(checkpoint.state["mode"])
+        env.credit.restore(checkpoint.state["credit"])
+        env.calibration = Calibration.from_json(checkpoint.state["calibration"])
+        for model_id, counters in checkpoint.state["models"].items():
+            model = env.models[model_id]
+            model.version = counters["version"]
+            model.weight_updates = counters["weight_updates"]
+            model.lora_adaptations = counters["lora_adaptations"]
+        loop = env.build(start=checkpoint.update)
+        if env.base.fingerprint != checkpoint.state["base_fingerprint"]:
+            raise BaseModelError(
+                f"run {run_dir.path} was trained on another base model than {env.base.path}; "
+                "put the original back, or start a new run"
+            )
+        loop.learner.restore(checkpoint.tensors)
+        return env
+
+    # -- models and tasks ---------------------------------------------------------------------------------------
+
+    def add_model(self, model: ModelConfig | LoRAModel) -> LoRAModel:
+        """Add a policy. Raises `ConfigError`: id in use, more than max_models, another base, no team in a battle."""
+        config = model.config if isinstance(model, LoRAModel) else model
+        others = [m.config for m in self.models.values()]
+        try:
+            check_models([*others, config], self.config.max_models, TrainingMode.COOPERATIVE)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if config.model_name not in (None, self.config.base.model):
+            raise ConfigError(
+                f"model {config.model_id!r} names base {config.model_name!r}, but this run's base is "
+                f"{self.config.base.model!r}; all policies of a run share one base (set base.model)"
+            )
+        added = LoRAModel(config)
+        self.models[config.model_id] = added
+        if self._loop is not None:
+            self._add_adapter(added)
+            self._loop.models.append(added)
+            self._loop.learner.add(config)
+        return added
+
+    def remove_model(self, model_id: ModelId) -> None:
+        """Take a policy out of training. Raises `ConfigError` when there is none of that id."""
+        if model_id not in self.models:
+            raise ConfigError(f"there is no model {model_id!r}; models: {', '.join(self.models) or 'none'}")
+        model = self.models.pop(model_id)
+        if self._loop is not None:
+            self._loop.models.remove(model)
+            self._loop.learner.remove(model_id)
+            self.base.bank.remove(model_id)
+
+    def add_task(self, task: TrainingTask) -> None:
+        """Put a task into the user's queue; once it has one, training plays only the queue, over and over."""
+        if task.required_models > self.config.max_models:
+            raise ConfigError(
+                f"task {task.task_id!r} needs {task.required_models} models, but max_models is {self.config.max_models}"
+            )
+        self._own_tasks.append(task)
+        if self._loop is not None:
+            self._loop.tasks.add(task)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def run_training_cycle(self, cycles: int = 1) -> list[UpdateRecord]:
+        """Train for `cycles` updates and return their records. Inside a running event loop await `train_cycles`."""
+        return asyncio.run(self.train_cycles(cycles))
+
+    async def train_cycles(self, cycles: int = 1) -> list[UpdateRecord]:
+        """Train for `cycles` updates and return their records."""
+        if cycles < 1:
+            raise ConfigError(f"cycles is {cycles}; it must be at least 1")
+        loop = self._ready()
+        await self._calibrate(loop)
+        before = len(loop.records)
+        await loop.run(loop.update + cycles)
+        return loop.records[before:]
+
+    async def train(self) -> TrainSummary:
+        """Do what is left of the config's updates, then evaluate."""
+        loop = self._ready()
+        await self._calibrate(loop)
+        if not await loop.run(self.config.updates):
+            return TrainSummary(False, loop.update)
+        count = self.config.evaluation.tasks
+        if count == 0 or self._stopping:
+            return TrainSummary(True, loop.update)
+        found = await self._evaluate(count, Split.HELDOUT)
+        results = found.as_dict()
+        if self.run_dir is not None:
+            self.run_dir.write_results("heldout", results)
+        return TrainSummary(True, loop.update, found.table(), results)
+
+    def request_stop(self) -> None:
+        """Finish the current update, save, and return from `train`."""
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.stopping = True
+
+    async def evaluate(self, tasks: int, split: Split = Split.HELDOUT) -> ResultTable:
+        """Measure the bare base, the calibrated base and the trained models on `tasks` tasks."""
+        await self._calibrate(self._ready())
+        return (await self._evaluate(tasks, split)).table()
+
+    async def play(self, seat: SeatId | None, ask: Ask, task_index: int) -> Episode:
+        """Play held-out task `task_index` with a person in `seat` (None: the last seat); `ask` gets the answers."""
+        loop = self._ready()
+        task = self._task(task_index)
+        holders = loop.runner.seating(task, list(self.models.values()), 0, rotate=False)
+        holders = with_person(holders, seat if seat is not None else list(holders)[-1])
+        runner = with_services(loop.runner, ask=ask)
+        return await runner.one(Plan(task, holders, f"play.{task_index}", "play", loop.update))
+
+    def get_environment_stats(self) -> dict[str, Any]:
+        """What there is and how it has done: mode, scenario, updates, and every model's settings and last figures."""
+        return {
+            "training_mode": str(self.config.mode),
+            "scenario": self.config.scenario.id,
+            "base": self.config.base.model,
+            "updates": self._loop.update if self._loop else 0,
+            "total_models": len(self.models),
+            "max_models": self.config.max_models,
+            "queued_tasks": len(self._own_tasks),
+            "models": {model_id: _model_stats(model) for model_id, model in self.models.items()},
+        }
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> BaseModel:
+        """The loaded base model."""
+        self._ready()
+        assert self._base is not None
+        return self._base
+
+    def build(self, start: int = 0) -> TrainingLoop:
+        """Load the base and put the parts together; `start` updates are done already."""
+        from coterie.evaluation import Evaluator
+        from coterie.inference.local.engine import LocalEngine
+        from coterie.lm.base import load_base
+        from coterie.loop import TaskQueue, TrainingLoop
+        from coterie.training.learner import Learner
+
+        config = self.config
+        self.observer.stage(f"loading base {config.base.model}")
+        self._base = load_base(config.base)
+        for model in self.models.values():
+            self._add_adapter(model)
+        engine = LocalEngine(
+            self._base, cache_tokens=config.engine.cache_tokens, tokens_per_pass=config.engine.tokens_per_pass
+        )
+        services = TableServices(
+            engine=engine,
+            chat=self._base.chat,
+            mode=self.mode,
+            scripts=self.scenario.scripts if isinstance(self.scenario, HasScripts) else {},
+            calibration=self.calibration,
+            temperature=config.rollout.temperature,
+            language=config.rollout.language,
+            seed=config.seed,
+        )
+        runner = Runner(self.scenario, services)
+        models = list(self.models.values())
+        tasks = TaskQueue(self.scenario, config.seed, start * config.rollout.tasks_per_update)
+        for task in self._own_tasks:
+            tasks.add(task)
+        learner = Learner(self._base, [m.config for m in models], config.learner, config.updates)
+        self._loop = TrainingLoop(
+            config=config,
+            models=models,
+            mode=self.mode,
+            credit=self.credit,
+            engine=engine,
+            learner=learner,
+            runner=runner,
+            tasks=tasks,
+            evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats),
+            observer=self.observer,
+            keep=self._keep if self.run_dir is not None else None,
+            save=self._save if self.run_dir is not None else None,
+            update=start,
+        )
+        if self.run_dir is not None:
+            self._store = Store(self.run_dir.database_path)
+            if start:
+                MetricsFile(self.run_dir.metrics_path).truncate_after(start)
+                self._store.delete_after(start)
+        self._loop.stopping = self._stopping
+        return self._loop
+
+    def _ready(self) -> TrainingLoop:
+        if self._loop is None:
+            self._check_seats()
+            self.build()
+        assert self._loop is not None
+        return self._loop
+
+    def _check_seats(self) -> None:
+        """Before anything long: enough models for the tasks, teams where the mode needs them."""
+        from coterie.rollout.matchmaking import assign
+
+        if not self.models:
+            raise ConfigError("there are no models to train; add_model(ModelConfig(...)), or a preset in the config")
+        try:
+            check_models([m.config for m in self.models.values()], self.config.max_models, self.config.mode)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        tasks = self._own_tasks or [next(iter(self.scenario.tasks(Split.TRAIN, self.config.seed)))]
+        for task in tasks:
+            try:
+                assign(self.scenario.seats(task), list(self.models.values()))
+            except ConfigError as error:
+                raise ConfigError(f"task {task.task_id!r}: {error}") from error
+
+    def _add_adapter(self, model: LoRAModel) -> None:
+        assert self._base is not None
+        c = model.config
+        seed = stable_seed(self.config.seed, "adapter", c.model_id) % 2**63
+        self._base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, seed)
+        self._base.bank.publish(model.adapter)
+
+    async def _calibrate(self, loop: TrainingLoop) -> None:
+        """Find the biases of choices once, from episodes the bare base plays on training tasks."""
+        if not self.config.engine.calibration or self.calibration.biases or loop.update:
+            return
+        from coterie.rollout.matchmaking import frozen_as
+
+        self.observer.stage("calibrating choices")
+        tasks = loop.tasks.peek(self.config.engine.calibration_tasks)
+        self.calibration.recording = True
+        models = list(self.models.values())
+        base: Mapping[ModelId, AdapterVersion | None] = {m.model_id: None for m in models}
+        plans = []
+        for number, task in enumerate(tasks):
+            holders = frozen_as(loop.runner.seating(task, models, number, self.config.rollout.rotate_seats), base)
+            plans.append(Plan(task, holders, f"calibrate.{number}", "calibrate", 0))
+        await loop.runner.play(plans)
+        self.calibration.recording = False
+        stops = loop.runner.services.chat.stop_ids
+        count = await self.calibration.fit(loop.engine, stops[0] if stops else None)
+        for model in models:
+            await loop.engine.publish(model.adapter, None)
+        self.observer.note(f"calibrated {count} choice sets on {len(tasks)} training tasks")
+
+    async def _evaluate(self, count: int, split: Split) -> Evaluation:
+        loop = self._ready()
+        self.observer.stage("evaluating")
+        return await loop.evaluator.all(count, split, self.observer.progress)
+
+    def _task(self, index: int) -> TrainingTask:
+        from itertools import islice
+
+        tasks = list(islice(self.scenario.tasks(Split.HELDOUT, self.config.seed), index, index + 1))
+        if not tasks:
+            raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")
+        return tasks[0]
+
+    # -- the run folder -----------------------------------------------------------------------------------------
+
+    def _keep(
+        self, update: int, episodes: Sequence[Episode], failed: Sequence[FailedEpisode], record: UpdateRecord
+    ) -> None:
+        assert self.run_dir is not None
+        assert self._store is not None
+        self._store.record(update, episodes, failed, self.config.run.episodes_kept)
+        MetricsFile(self.run_dir.metrics_path).append(record)
+
+    def _save(self, update: int) -> None:
+        from coterie.lm.adapters import save_adapter
+        from coterie.runs.checkpoint import Checkpoint, save_checkpoint
+
+        assert self.run_dir is not None
+        assert self._loop is not None
+        for model in self.models.values():
+            directory = self.run_dir.adapter_dir(model.adapter)
+            if not directory.exists():
+                save_adapter(self.base.bank.training(model.model_id), directory, self.base, model.adapter)
+        state = {
+            "base_fingerprint": self.base.fingerprint,
+            "mode": self.mode.state(),
+            "credit": self.credit.state(),
+            "calibration": self.calibration.to_json(),
+            "models": {
+                model_id: {
+                    "version": m.version,
+                    "weight_updates": m.weight_updates,
+                    "lora_adaptations": m.lora_adaptations,
+                }
+                for model_id, m in self.models.items()
+            },
+        }
+        folder = save_checkpoint(self.run_dir, Checkpoint(update, self._loop.learner.state(), state))
+        self.observer.note(f"saved {folder}")
+
+
+def _model_stats(model: LoRAModel) -> dict[str, Any]:
+    last = model.performance_history[-1] if model.performance_history else None
+    figures = ("accuracy", "efficiency", "score", "reward", "cooperation_score", "valid_rate", "entropy")
+    return {
+        "role": str(model.config.role),
+        "team_id": model.config.team_id,
+        "lora_rank": model.config.lora_rank,
+        "learning_rate": model.config.learning_rate,
+        "adapter": model.adapter.name,
+        "weight_updates": model.weight_updates,
+        "lora_adaptations": model.lora_adaptations,
+        "last": {name: getattr(last, name) for name in figures} if last else None,
+    }

@@ -1,0 +1,164 @@
+"""Measuring policies on tasks no training step saw, and exactly where a scenario can.
+
+The same held-out tasks are played greedily by the bare base model, by the base with calibrated choices, and by the
+trained policies under the same calibration; so the table separates what calibration gives from what training gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from coterie.errors import ScenarioError
+from coterie.models import LoRAModel
+from coterie.monitor.tables import ResultTable
+from coterie.rollout.calibration import Calibration
+from coterie.rollout.matchmaking import frozen_as
+from coterie.rollout.runner import Plan, Runner, with_services
+from coterie.scenarios.base import ExactlyMeasured
+from coterie.types import Episode, ModelId, Split, TrainingTask
+
+PLAYERS = ("bare base", "calibrated base", "trained")
+_CHUNK = 32
+"""Episodes played at once, so that progress is seen."""
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean held-out accuracy of one kind of player, by task type and model (scores where nothing is right)."""
+
+    by_cell: Mapping[tuple[str, ModelId], float]
+    by_model: Mapping[ModelId, float]
+    mean: float
+    """Over all models and tasks."""
+    exact: Mapping[str, float]
+    outcome: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All three kinds of player on the same tasks."""
+
+    tasks: int
+    measured: Mapping[str, Measured]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, for results/ and the documentation's tables."""
+        return {
+            "tasks": self.tasks,
+            "players": {
+                player: {
+                    "mean": m.mean,
+                    "by_model": dict(m.by_model),
+                    "by_task_type": _nested(m.by_cell),
+                    "exact": dict(m.exact),
+                    "outcome": dict(m.outcome),
+                }
+                for player, m in self.measured.items()
+            },
+        }
+
+    def table(self) -> ResultTable:
+        """Rows: task type and model; columns: the three players and the gain over the bare base."""
+        players = [p for p in PLAYERS if p in self.measured]
+        rows: list[tuple[str | float, ...]] = []
+        for cell in self.measured[players[0]].by_cell:
+            values = [self.measured[p].by_cell.get(cell, 0.0) for p in players]
+            rows.append((*cell, *values, values[-1] - values[0]))
+        if rows:
+            means = [self.measured[p].mean for p in players]
+            rows.append(("all", "mean of all models", *means, means[-1] - means[0]))
+        for name in self.measured[players[0]].exact:
+            values = [self.measured[p].exact[name] for p in players]
+            rows.append(("exact", name, *values, values[-1] - values[0]))
+        return ResultTable(
+            f"Held-out accuracy on {self.tasks} tasks no training step saw",
+            ("task type", "model", *players, "gain"),
+            tuple(rows),
+        )
+
+
+def _nested(cells: Mapping[tuple[str, ModelId], float]) -> dict[str, dict[ModelId, float]]:
+    out: dict[str, dict[ModelId, float]] = {}
+    for (task_type, model_id), value in cells.items():
+        out.setdefault(task_type, {})[model_id] = value
+    return out
+
+
+class Evaluator:
+    """Evaluates the models of a run."""
+
+    def __init__(self, runner: Runner, models: Sequence[LoRAModel], seed: int, rotate: bool) -> None:
+        self.runner = runner
+        self.models = models
+        self.seed = seed
+        self.rotate = rotate
+
+    async def all(self, count: int, split: Split, report: Report) -> Evaluation:
+        """Measure the bare base, the calibrated base and the trained policies on the same `count` tasks."""
+        tasks = list(islice(self.runner.scenario.tasks(split, self.seed), count))
+        measured = {}
+        for number, player in enumerate(PLAYERS):
+
+            def step(done: int, number: int = number, player: str = player) -> None:
+                report(f"evaluating {player}", number * len(tasks) + done, len(PLAYERS) * len(tasks))
+
+            measured[player] = await self.one(player, tasks, step)
+        return Evaluation(len(tasks), measured)
+
+    async def one(self, player: str, tasks: Sequence[TrainingTask], step: Callable[[int], None]) -> Measured:
+        """Measure one kind of player."""
+        changes: dict[str, Any] = {"temperature": 0.0}
+        if player == "bare base":
+            changes["calibration"] = Calibration()
+        runner = with_services(self.runner, **changes)
+        base = {m.model_id: None for m in self.models} if player != "trained" else {}
+        plans = []
+        for number, task in enumerate(tasks):
+            holders = frozen_as(runner.seating(task, self.models, number, self.rotate), base)
+            plans.append(Plan(task, holders, f"eval.{number}", f"eval.{number}", 0))
+        episodes: list[Episode] = []
+        for start in range(0, len(plans), _CHUNK):
+            played, failed = await runner.play(plans[start : start + _CHUNK])
+            if failed:
+                raise ScenarioError(f"held-out task {failed[0].task.task_id!r} failed: {failed[0].error}")
+            episodes.extend(played)
+            step(len(episodes))
+        return _measure(episodes, await self.exact(runner, base))
+
+    async def exact(self, runner: Runner | None = None, base: Mapping[ModelId, None] | None = None) -> dict[str, float]:
+        """The scenario's exact metrics for the current policies (or the base); empty when it has none."""
+        runner = runner or self.runner
+        scenario = runner.scenario
+        if not isinstance(scenario, ExactlyMeasured):
+            return {}
+        task = next(iter(scenario.tasks(Split.HELDOUT, self.seed)))
+        holders = frozen_as(runner.seating(task, self.models, 0, self.rotate), base or {})
+        return dict(await scenario.exact(runner.table(Plan(task, holders, "exact", "exact", 0))))
+
+
+def _measure(episodes: Iterable[Episode], exact: Mapping[str, float]) -> Measured:
+    cells: dict[tuple[str, ModelId], list[float]] = {}
+    models: dict[ModelId, list[float]] = {}
+    outcome: dict[str, list[float]] = {}
+    for episode in episodes:
+        for seat_id, trajectory in episode.trajectories.items():
+            if trajectory.model_id is None:
+                continue
+            value = episode.outcome.accuracy.get(seat_id, episode.outcome.scores[seat_id])
+            cells.setdefault((str(episode.task.task_type), trajectory.model_id), []).append(value)
+            models.setdefault(trajectory.model_id, []).append(value)
+        for name, value in episode.outcome.metrics.items():
+            outcome.setdefault(name, []).append(value)
+    every = [value for values in models.values() for value in values]
+    return Measured(
+        {cell: sum(v) / len(v) for cell, v in sorted(cells.items())},
+        {model_id: sum(v) / len(v) for model_id, v in models.items()},
+        sum(every) / len(every) if every else 0.0,
+        exact,
+        {name: sum(v) / len(v) for name, v in outcome.items()},
+    )

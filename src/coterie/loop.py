@@ -1,0 +1,173 @@
+"""The training loop: play, divide, credit, learn, publish. Everything else hangs off a step of it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from coterie.config import RunConfig
+from coterie.credit.base import Credit
+from coterie.errors import ScenarioError
+from coterie.evaluation import Evaluator
+from coterie.inference.base import Engine
+from coterie.models import LoRAModel
+from coterie.modes.base import Mode
+from coterie.monitor.console import Observer
+from coterie.monitor.metrics import UpdateRecord, measure
+from coterie.rollout.runner import Runner
+from coterie.scenarios.base import Scenario
+from coterie.training.batch import build_batch
+from coterie.training.learner import Learner, LearnerStats
+from coterie.types import Episode, FailedEpisode, Split, TrainingTask
+
+
+class TaskQueue:
+    """Training tasks in order: the user's own, over and over, or else the scenario's stream."""
+
+    def __init__(self, scenario: Scenario, seed: int, start: int = 0) -> None:
+        """`start`: tasks already taken, when a run goes on."""
+        self.own: deque[TrainingTask] = deque()
+        self._scenario, self._seed = scenario, seed
+        self._stream: Iterator[TrainingTask] = islice(scenario.tasks(Split.TRAIN, seed), start, None)
+
+    def add(self, task: TrainingTask) -> None:
+        self.own.append(task)
+
+    def peek(self, count: int) -> list[TrainingTask]:
+        """The first `count` training tasks of the run; none is taken."""
+        return list(islice(self.own, count)) or list(islice(self._scenario.tasks(Split.TRAIN, self._seed), count))
+
+    def take(self, count: int) -> list[TrainingTask]:
+        """The next `count` tasks. Raises `ScenarioError` when the scenario's training tasks end."""
+        if self.own:
+            taken = []
+            for _ in range(count):
+                taken.append(self.own[0])
+                self.own.rotate(-1)
+            return taken
+        tasks = list(islice(self._stream, count))
+        if len(tasks) < count:
+            raise ScenarioError(f"the scenario gave {len(tasks)} training tasks where {count} were asked; it must not end")
+        return tasks
+
+
+@dataclass(slots=True)
+class TrainingLoop:
+    """One run's loop over its parts."""
+
+    config: RunConfig
+    models: list[LoRAModel]
+    mode: Mode
+    credit: Credit
+    engine: Engine
+    learner: Learner
+    runner: Runner
+    tasks: TaskQueue
+    evaluator: Evaluator
+    observer: Observer
+    keep: Callable[[int, Sequence[Episode], Sequence[FailedEpisode], UpdateRecord], None] | None = None
+    """Writes a finished update to disk."""
+    save: Callable[[int], None] | None = None
+    """Writes a checkpoint."""
+    update: int = 0
+    """Updates done."""
+    stopping: bool = False
+    records: list[UpdateRecord] = field(default_factory=list)
+
+    async def run(self, until: int) -> bool:
+        """Do updates until `until` are done. Returns False when it was asked to stop before."""
+        saved = self.update
+        while self.update < until and not self.stopping:
+            record = await self.step()
+            if self.save is not None and self.update % self.config.run.checkpoint_every == 0:
+                self.save(self.update)
+                saved = self.update
+            if self._reached(record):
+                self.observer.note(f"target reached after update {self.update}: {self.config.evaluation.until}")
+                until = self.update
+        if self.save is not None and saved != self.update:
+            self.save(self.update)
+        return self.update >= until
+
+    async def step(self) -> UpdateRecord:
+        """One update of every policy."""
+        number, rollout = self.update + 1, self.config.rollout
+        started = time.perf_counter()
+        tasks = self.tasks.take(rollout.tasks_per_update)
+        episodes, failed = await self.runner.groups(
+            tasks,
+            self.models,
+            update=number,
+            group_size=rollout.group_size,
+            withhold=rollout.withhold,
+            rotate=rollout.rotate_seats,
+        )
+        self._check_failures(episodes, failed)
+        played = time.perf_counter()
+
+        advantages = self.credit.advantages(episodes)
+        policies = [model.model_id for model in self.models]
+        batch = build_batch(policies, episodes, advantages, keep_zero=self.learner.keep_zero)
+        stats = self.learner.step(batch, number)
+        learned = time.perf_counter()
+
+        self.mode.observe(episodes)
+        await self._publish(stats)
+        self.update = number
+        return await self._record(number, episodes, failed, stats, (started, played, learned))
+
+    async def _publish(self, stats: LearnerStats) -> None:
+        for model in self.models:
+            if stats.policies[model.model_id].stepped:
+                model.version += 1
+                model.weight_updates += self.config.learner.passes
+                model.lora_adaptations += 1
+            # also when nothing changed: publishing empties the cache, so that a resumed run computes the same
+            await self.engine.publish(model.adapter, None)
+
+    async def _record(
+        self,
+        number: int,
+        episodes: Sequence[Episode],
+        failed: Sequence[FailedEpisode],
+        stats: LearnerStats,
+        times: tuple[float, float, float],
+    ) -> UpdateRecord:
+        metrics, performances = measure(number, episodes, failed, self.models)
+        for model_id, s in stats.policies.items():
+            for stat in ("loss", "entropy", "kl", "mismatch", "max_ratio", "grad_norm", "learning_rate", "tokens"):
+                metrics[f"learn/{model_id}/{stat}"] = float(getattr(s, stat))
+        metrics["learn/packed_tokens"] = float(stats.packed_tokens)
+        metrics["learn/naive_tokens"] = float(stats.naive_tokens)
+        every = self.config.evaluation.every
+        if every and number % every == 0:
+            metrics.update({f"exact/{name}": value for name, value in (await self.evaluator.exact()).items()})
+        for model in self.models:
+            model.performance_history.extend(p for p in performances if p.model_id == model.model_id)
+        started, played, learned = times
+        seconds = {"rollout": played - started, "learn": learned - played, "total": time.perf_counter() - started}
+        record = UpdateRecord(number, max(number, self.config.updates), metrics, performances, seconds)
+        self.records.append(record)
+        if self.keep is not None:
+            self.keep(number, episodes, failed, record)
+        self.observer.update(record)
+        return record
+
+    def _reached(self, record: UpdateRecord) -> bool:
+        until = self.config.evaluation.until
+        return bool(until) and all(record.metrics.get(f"exact/{name}", -1.0) >= v for name, v in until.items())
+
+    def _check_failures(self, episodes: Sequence[Episode], failed: Sequence[FailedEpisode]) -> None:
+        total = len(episodes) + len(failed)
+        if len(failed) > self.config.rollout.max_failed_share * total:
+            causes: dict[str, int] = {}
+            for failure in failed:
+                causes[failure.error] = causes.get(failure.error, 0) + 1
+            listed = "; ".join(f"{count} times: {cause}" for cause, count in sorted(causes.items(), key=lambda c: -c[1])[:3])
+            raise ScenarioError(
+                f"{len(failed)} of {total} episodes failed, more than rollout.max_failed_share "
+                f"({self.config.rollout.max_failed_share}) allows. {listed}"
+            )

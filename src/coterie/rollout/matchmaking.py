@@ -1,0 +1,74 @@
+"""Who sits where: scenario seats bound to players, by data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from coterie.errors import ConfigError
+from coterie.models import LoRAModel
+from coterie.rollout.table import Holder
+from coterie.types import AdapterVersion, Frozen, ModelId, Person, PlayerCard, Seat, SeatId, Trained
+
+
+def assign(
+    seats: Sequence[Seat], models: Sequence[LoRAModel], *, turn: int = 0, rotate: bool = False
+) -> dict[SeatId, Holder]:
+    """Bind every free seat to a model, in order; seats that already name a player keep it.
+
+    Args:
+        turn: which models sit out when there are more models than free seats; with `rotate`, also who sits where.
+
+    Raises:
+        ConfigError: fewer models than free seats.
+    """
+    free = [seat for seat in seats if seat.player is None]
+    if len(models) < len(free):
+        raise ConfigError(
+            f"the scenario has {len(free)} seats to fill, but there are {len(models)} models; "
+            f"add {len(free) - len(models)} more"
+        )
+    shift = turn % len(models) if models and (rotate or len(models) > len(free)) else 0
+    order = [models[(shift + i) % len(models)] for i in range(len(models))]
+    if not rotate:
+        # the models that play keep their configured order, so that roles keep their seats
+        playing = {m.model_id for m in order[: len(free)]}
+        order = [m for m in models if m.model_id in playing]
+    by_id = {m.model_id: m for m in models}
+    holders: dict[SeatId, Holder] = {}
+    queue = iter(order)
+    for seat in seats:
+        player = seat.player
+        if player is None:
+            model = next(queue)
+            holders[seat.seat_id] = trained(seat.seat_id, model)
+        elif isinstance(player, Trained):
+            if player.model_id not in by_id:
+                raise ConfigError(f"seat {seat.seat_id!r} is bound to {player.model_id!r}, which is not a model here")
+            holders[seat.seat_id] = trained(seat.seat_id, by_id[player.model_id])
+        elif isinstance(player, Frozen):
+            holders[seat.seat_id] = Holder(PlayerCard(seat.seat_id, None), player, player.adapter, None)
+        else:
+            holders[seat.seat_id] = Holder(PlayerCard(seat.seat_id, None), player, None, None)
+    return holders
+
+
+def trained(seat_id: SeatId, model: LoRAModel) -> Holder:
+    """A seat held by a model's current version."""
+    return Holder(model.card(seat_id), Trained(model.model_id), model.adapter, model.model_id)
+
+
+def frozen_as(holders: Mapping[SeatId, Holder], versions: Mapping[ModelId, AdapterVersion | None]) -> dict[SeatId, Holder]:
+    """The same seating with models replaced by fixed versions (None: the bare base); cards stay."""
+    out = dict(holders)
+    for seat_id, holder in holders.items():
+        if holder.trained in versions:
+            version = versions[holder.trained]
+            out[seat_id] = Holder(holder.card, Frozen(version), version, None)
+    return out
+
+
+def with_person(holders: Mapping[SeatId, Holder], seat_id: SeatId) -> dict[SeatId, Holder]:
+    """The same seating with a person in one seat. Raises ConfigError for an unknown seat."""
+    if seat_id not in holders:
+        raise ConfigError(f"there is no seat {seat_id!r}; seats: {', '.join(holders)}")
+    return {**holders, seat_id: Holder(holders[seat_id].card, Person(), None, None)}
