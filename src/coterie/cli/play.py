@@ -142,9 +142,16 @@ def results(episode: Episode) -> ResultTable:
 
 
 def _holder(episode: Episode, seat_id: SeatId) -> str:
+    """Who held a seat: a model in training, the person, a fixed adapter version, the bare base or a script."""
     from coterie.types import Tier
 
     trajectory = episode.trajectories[seat_id]
     if trajectory.model_id is not None:
         return trajectory.model_id
-    return "you" if any(turn.tier is Tier.HUMAN for turn in trajectory.turns) else "a fixed player"
+    for turn in trajectory.turns:
+        if turn.tier is Tier.HUMAN:
+            return "you"
+        if turn.tier is Tier.SCRIPT:
+            return "a script"
+        return turn.adapter.name if turn.adapter else "the bare base"
+    return "nobody who spoke"

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,14 +48,16 @@ def _finite(value: Any) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) as a whole, on disk before it gets its name."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = text.encode()
     try:
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from error
 
 
