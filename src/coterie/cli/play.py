@@ -28,7 +28,7 @@ class PersonLeftError(CoterieError):
 
 def play(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.", show_default=False)],
-    seat: Annotated[str | None, typer.Option(metavar="NAME", help="Seat to take.", show_default="the first")] = None,
+    seat: Annotated[str | None, typer.Option(metavar="NAME", help="Seat to take.", show_default="the last")] = None,
     task: Annotated[int, typer.Option(metavar="N", min=0, help="Which held-out task, counted from 0.")] = 0,
 ) -> None:
     """Take a seat among the trained models for one task."""
@@ -142,16 +142,13 @@ def results(episode: Episode) -> ResultTable:
 
 
 def _holder(episode: Episode, seat_id: SeatId) -> str:
-    """Who held a seat: a model in training, the person, a fixed adapter version, the bare base or a script."""
+    """Who held a seat: the person, an adapter version, the bare base or a script."""
     from coterie.types import Tier
 
     trajectory = episode.trajectories[seat_id]
-    if trajectory.model_id is not None:
-        return trajectory.model_id
-    for turn in trajectory.turns:
-        if turn.tier is Tier.HUMAN:
-            return "you"
-        if turn.tier is Tier.SCRIPT:
-            return "a script"
-        return turn.adapter.name if turn.adapter else "the bare base"
-    return "nobody who spoke"
+    if not trajectory.turns:
+        return trajectory.model_id or "nobody who spoke"
+    first = trajectory.turns[0]  # a seat keeps its holder; a person may sit in a model's place
+    if first.tier in (Tier.HUMAN, Tier.SCRIPT):
+        return "you" if first.tier is Tier.HUMAN else "a script"
+    return first.adapter.name if first.adapter else "the bare base"

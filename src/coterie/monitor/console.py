@@ -86,9 +86,11 @@ class PlainConsole:
         self._clock = clock
         self._started = clock()
         self._told: float | None = None
+        self._untold: UpdateRecord | None = None
         self._gone = False
 
     def stage(self, text: str) -> None:
+        self._catch_up()
         self._line(f"{clean(text, lines=False)} ...")
         self._told = self._clock()
 
@@ -104,20 +106,35 @@ class PlainConsole:
         now = self._clock()
         edge = record.update in (1, record.updates)
         if not edge and self._told is not None and now - self._told < self._interval:
+            self._untold = record
             return
         self._told = now
+        self._tell(record)
+
+    def _tell(self, record: UpdateRecord) -> None:
+        self._untold = None
+        now = self._clock()
         models = " | ".join(_plain_figures(performance, record) for performance in record.performances)
         left = remaining(record, [record.seconds.get("total", 0.0)])
         times = f"{duration(now - self._started)} elapsed, {duration(left)} left"
+        figures = outcomes(record)
+        models += f" | {figures}" if figures else ""
         self._line(f"update {record.update}/{record.updates}  {times}  {models}")
+
+    def _catch_up(self) -> None:
+        """Tell of the last update before something else begins, however soon after another it came."""
+        if self._untold is not None:
+            self._tell(self._untold)
 
     def note(self, text: str) -> None:
         self._line(clean(text))
 
     def table(self, table: ResultTable) -> None:
+        self._catch_up()
         self._line("\n" + table.plain())
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._catch_up()
 
     def _line(self, text: str) -> None:
         if self._gone:
@@ -133,8 +150,8 @@ class PlainConsole:
 class LiveConsole:
     """A table that redraws itself: every model's figures with their trends, and a progress bar below.
 
-    An arrow says where a figure went over the last 20 updates (only when the change is larger than its noise); the
-    sparkline is the reward over the same updates.
+    An arrow says where a figure went over the last 20 updates, a dot that it did not change by more than its noise;
+    the sparkline is the reward over the same updates.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -180,6 +197,9 @@ class LiveConsole:
         parts: list[RenderableType] = []
         if self._record is not None:
             parts.append(self._models(self._record))
+            figures = outcomes(self._record)
+            if figures:
+                parts.append(Text(figures, no_wrap=True, overflow="ellipsis"))
         bars = Table.grid(padding=(0, 1))
         if self._record is not None:
             record = self._record
@@ -222,7 +242,7 @@ class LiveConsole:
         return table
 
     def _figure(self, value: float, history: Sequence[float]) -> Text:
-        arrow = {1: "↑", -1: "↓", 0: " "} if self._unicode else {1: "^", -1: "v", 0: " "}
+        arrow = {1: "↑", -1: "↓", 0: "·"} if self._unicode else {1: "^", -1: "v", 0: "="}
         return Text(f"{show(value)} {arrow[trend(history)]}")
 
 
@@ -257,6 +277,17 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(finite), max(finite)
     scale = 7.0 / (high - low) if high - low > 1e-12 else 0.0
     return "".join("▁▂▃▄▅▆▇█"[round((v - low) * scale)] if math.isfinite(v) else " " for v in values)
+
+
+def outcomes(record: UpdateRecord) -> str:
+    """The scenario's own figures in a line, at most four; exact ones where there are, else the sampled ones."""
+    for kind in ("exact/", "outcome/"):
+        found = [(name, value) for name, value in record.metrics.items() if name.startswith(kind)]
+        if found:
+            return "  ".join(
+                f"{clean(name.removeprefix(kind), lines=False)} {show(value)}" for name, value in found[:4]
+            )
+    return ""
 
 
 def remaining(record: UpdateRecord, seconds: Sequence[float] | deque[float]) -> float:

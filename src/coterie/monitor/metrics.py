@@ -34,6 +34,17 @@ METRICS: dict[str, str] = {
     "strategy/communication": "Others' accuracy with advice minus without, over all speakers; what talking is worth.",
     "strategy/central": "The same where a leader advises (central leadership).",
     "strategy/delegated": "The same where there is no leader and all advise (delegated leadership).",
+    "exact/<name>": "The scenario's figure computed from the policies without sampling; steadier than outcome/<name>.",
+    "learn/<model>/loss": "Loss of its sampled tokens; its size means little, a jump means trouble.",
+    "learn/<model>/entropy": "Mean entropy where it had a choice, as the learner computes it, nats; compare to play.",
+    "learn/<model>/kl": "Distance KL(policy || base) per token, nats; 0 when kl_coefficient is 0.",
+    "learn/<model>/mismatch": "Mean gap of learner and engine log-probabilities, nats; should be rounding error.",
+    "learn/<model>/max_ratio": "Largest probability ratio to the sampling policy; far above 1 the data is stale.",
+    "learn/<model>/grad_norm": "Norm of its gradient before clipping; 0 means no signal, spikes come before collapse.",
+    "learn/<model>/learning_rate": "Of this update, after warm-up and decay.",
+    "learn/<model>/tokens": "Its sampled tokens that had an alternative; only these carry gradient.",
+    "learn/packed_tokens": "Distinct tokens that went through the base, all passes together; what learning cost.",
+    "learn/naive_tokens": "Tokens one sequence at a time would have needed; over packed_tokens it is the saving.",
 }
 """Name pattern -> how to read it in one line. Parts in <> stand for any text without "/"."""
 
