@@ -79,7 +79,7 @@ GAMES: Final[Mapping[str, Bimatrix]] = {
     for game in (
         # Payoffs of Axelrod, The Evolution of Cooperation (1984): temptation 5, reward 3, punishment 1, sucker 0.
         Bimatrix("prisoners_dilemma", ("cooperate", "defect"), (((3, 3), (0, 5)), ((5, 0), (1, 1))), cooperative=0),
-        # A stag feeds four but takes two hunters, a hare feeds three. (stag, stag) is payoff dominant and
+        # A stag pays 4 to each but takes both, a hare pays 3 to whoever hunts one. (stag, stag) is payoff dominant and
         # (hare, hare) risk dominant in the sense of Harsanyi and Selten (1988): hare is better below P(stag) = 3/4.
         Bimatrix("stag_hunt", ("stag", "hare"), (((4, 4), (0, 3)), ((3, 0), (3, 3))), cooperative=0),
         # Zero-sum: row wants to match, column not to. The one equilibrium is half and half.

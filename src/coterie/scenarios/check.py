@@ -80,6 +80,10 @@ _SETTINGS: Final = (
 )
 
 
+class _StuckError(Exception):
+    """A play did not end."""
+
+
 @dataclass
 class _Problems:
     found: dict[str, str] = field(default_factory=dict)
@@ -98,7 +102,8 @@ def check(scenario: Scenario, *, seeds: Sequence[int] = (0, 1), tasks: int = 20,
     Args:
         seeds: of the tasks and of the play; at least two different ones.
         tasks: looked at for each seed and side; all of them are played, so keep it small.
-        timeout_s: for one play. A loop that never awaits cannot be interrupted.
+        timeout_s: for one play; after one that does not end, no other is tried. A loop that never awaits cannot be
+            interrupted.
     """
     problems = _Problems()
     options = getattr(scenario, "Options", None)  # probing is this function's job
@@ -108,8 +113,12 @@ def check(scenario: Scenario, *, seeds: Sequence[int] = (0, 1), tasks: int = 20,
     drawn = _draw(scenario, seeds, tasks, problems)
     for seed, task in drawn:
         seats = _check_seats(scenario, task, problems)
-        if seats:
+        if not seats:
+            continue
+        try:
             asyncio.run(_check_play(scenario, task, seats, seed, timeout_s, problems))
+        except _StuckError:
+            break  # every other play would take as long
     if random.getstate() != before:
         problems.add("it uses the global random state; draw from table.rng and from the seed given to tasks()")
     return problems.lines()
@@ -191,12 +200,12 @@ async def _check_play(
 async def _outcome(
     scenario: Scenario, task: TrainingTask, table: PracticeTable, timeout_s: float, where: str, problems: _Problems
 ) -> Outcome | None:
-    """The outcome of one play, checked; None if it did not come to one."""
+    """The outcome of one play, checked; None if it raised. Raises `_StuckError` if it did not end."""
     try:
         outcome = await asyncio.wait_for(scenario.play(task, table), timeout_s)
     except TimeoutError:
         problems.add(f"play did not end within {timeout_s:g} s", where)
-        return None
+        raise _StuckError from None
     except Exception as error:  # noqa: BLE001 - as above
         problems.add(f"play raised {_said(error)}", where)
         return None
