@@ -1,0 +1,51 @@
+"""Every built-in scenario keeps the contract of `scenarios/base.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.scenarios.base import SCENARIOS, build_scenario
+from coterie.scenarios.check import check
+
+ROWS = "@rows"
+"""Stands for the path of a file of tasks."""
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("signaling", {}),
+    ("signaling", {"symbols": 2, "states": 3, "receivers": 3}),
+    ("signaling", {"symbols": ["up", "down"], "states": ["sun", "rain"], "cooperation_level": 0.0}),
+    ("matrix", {}),
+    ("matrix", {"game": "prisoners_dilemma", "rounds": 5, "memory": 2}),
+    ("matrix", {"game": "stag_hunt", "rounds": 3, "memory": 0}),
+    ("matrix", {"game": "matching_pennies", "cooperation_level": 1.0}),
+    ("matrix", {"game": "coordination", "rounds": 2, "labels": ["left", "right"]}),
+    ("matrix", {"payoffs": [[[0, 1], [2, -3], [4, 4]], [[1, 1], [0.5, 0], [-1, 2]]], "rounds": 2}),
+    ("jsonl", {"path": ROWS}),
+    ("jsonl", {"path": ROWS, "scorer": "contains", "required_models": 3, "cooperation_level": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("scenario_id", "options"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_keeps_the_contract(scenario_id: str, options: dict[str, Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for number in range(12):
+            file.write(json.dumps({"prompt": f"{number} + 1 =", "answer": str(number + 1)}) + "\n")
+            choices = {
+                "prompt": f"Is {number} even?",
+                "choices": ["yes", "no"],
+                "answer": "no" if number % 2 else "yes",
+            }
+            file.write(json.dumps({**choices, "required_models": 2, "cooperation_level": number / 11}) + "\n")
+    filled = {key: str(rows) if value == ROWS else value for key, value in options.items()}
+    problems = check(build_scenario(scenario_id, filled))
+    assert not problems, "\n".join(problems)
+
+
+def test_no_built_in_is_left_out() -> None:
+    covered = {name for name, _ in CASES}
+    assert covered | {"tasks"} == set(SCENARIOS)
