@@ -114,3 +114,9 @@ def test_rounding_never_pays_more_than_the_pool(pool):
         rewards = pay(task, {str(i): 1 / n for i in range(n)})
         assert math.fsum(rewards.values()) <= pool
         assert len(set(rewards.values())) == 1
+
+
+@pytest.mark.parametrize("shares", [{"a": 0.6, "b": 0.6}, {"a": math.nan}])
+def test_a_pool_cannot_be_divided_twice(shares):
+    with pytest.raises(ValueError, match="sum to"):
+        pay(make_task(), shares)

@@ -67,7 +67,14 @@ def rank_shares(values: Sequence[float]) -> list[float]:
 
 
 def pay(task: TrainingTask, shares: Mapping[SeatId, float]) -> dict[SeatId, float]:
-    """Rewards of `shares` of the pool; their exactly rounded sum never exceeds it."""
+    """Rewards of `shares` of the pool; their exactly rounded sum never exceeds it.
+
+    Raises:
+        ValueError: the shares sum to more than 1, beyond rounding: the mode that made them is wrong.
+    """
+    total = math.fsum(shares.values())
+    if not total <= 1.0 + 1e-9:
+        raise ValueError(f"task {task.task_id!r}: shares of the reward pool sum to {total}; a mode must divide it")
     rewards = {seat: task.reward_pool * share for seat, share in shares.items()}
     # Shares that sum to 1 may round to rewards a few units in the last place above the pool.
     while math.fsum(rewards.values()) > task.reward_pool:
