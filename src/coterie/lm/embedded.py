@@ -82,7 +82,7 @@ def resolve_base(name: str, *, allow_download: bool = True, report: Report = say
             f"base model {name!r}: no such directory (looked at {path.absolute()}); "
             f"give the directory of a model, a hub id, or one of: {', '.join(CATALOG)}"
         )
-    similar = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.6)
+    similar = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.5)
     if not _HUB_ID.fullmatch(name) or (similar and "/" not in name):
         hint = f" (did you mean {similar[0]!r}?)" if similar else nearest(name, CATALOG)
         raise BaseModelError(
