@@ -109,9 +109,9 @@ def _old_run(path: Path) -> tuple[RunDirectory, Build]:
 
 
 def _start(run: RunDirectory, observer: Observer) -> Trainable:
-    from coterie.environment import MultiModelEnvironment
-
     try:
+        from coterie.environment import MultiModelEnvironment
+
         return MultiModelEnvironment.from_config(run.config, run_dir=run, observer=observer)
     except BaseException:
         run.discard_unused()  # a mended config may then use the same folder
