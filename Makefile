@@ -16,6 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help train test lint format model setup clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
