@@ -111,7 +111,7 @@ class EngineConfig(Section):
     """Distinct new tokens computed in one forward pass."""
     calibration: bool = True
     """Whether a fixed bias per seat and choice set takes the base model's prior out of choices."""
-    calibration_tasks: int = Field(default=24, ge=4)
+    calibration_tasks: int = Field(default=40, ge=4)
     """Training tasks looked at to find that bias."""
 
 

@@ -21,6 +21,7 @@ from coterie.lm.attention import Plan
 from coterie.lm.bank import AdapterBank, Segment
 from coterie.lm.chat import TokenizerChat
 from coterie.lm.embedded import resolve_base
+from coterie.lm.quiet import quiet_transformers
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GemmaForCausalLM")
 
@@ -96,8 +97,11 @@ def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
                 f"base model {config.model!r} is a {architecture}, which is not supported; "
                 f"supported classes: {', '.join(SUPPORTED)}"
             )
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.ATTENTION_NAME)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attention.ATTENTION_NAME
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base model {config.model!r} at {path} cannot be loaded: {error}") from error
     return BaseModel(model.to(device), tokenizer, path, config)

@@ -8,7 +8,7 @@ subtracts that liking; here it is measured over the prompts of some training tas
 
 so that the typical prompt leaves all choices equally likely and what remains is what the prompt says. The bias is
 found once, before training, kept with the run, and applied by engine and learner alike. A choice set seen in too few
-prompts (fewer than 8, or than all prompts of its seat) gets none: its mean would be the answer itself. A token that
+prompts (fewer than 4, or than all prompts of its seat) gets none: its mean would be the answer itself. A token that
 stands at several branching points gets the mean of their biases, because servers know one bias per token id.
 """
 
@@ -23,7 +23,7 @@ from coterie.inference.base import Engine
 from coterie.inference.local.choices import branching_paths, build_trie
 from coterie.types import AdapterVersion, GenerateRequest, SeatId
 
-MIN_PROMPTS = 8
+MIN_PROMPTS = 4
 Choices = tuple[str, ...]
 Key = tuple[SeatId, Choices]
 

@@ -84,26 +84,27 @@ class PrefixCache:
             slots.append(node.slot)
         return slots
 
-    def keep_only(self, needed: Iterable[Node]) -> None:
-        """Free the slots of every node that is not on the path of a needed one."""
-        kept: set[int] = set()
-        for node in needed:
-            step: Node | None = node
-            while step is not None and id(step) not in kept:
-                kept.add(id(step))
-                step = step.parent
+    def keep_only(self, needed: Iterable[Node], referenced: Iterable[Node]) -> None:
+        """Free the slots of every node that is not on the path of a needed one.
+
+        Nodes on the path of a referenced one stay in the tree without a slot, to be computed again when their turn
+        comes; all others are forgotten.
+        """
+        kept, known = _on_paths(needed), _on_paths(referenced)
         self._prompts.clear()
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()
             for token, child in list(node.children.items()):
                 stack.append(child)
-                if id(child) not in kept:
-                    if child.slot >= 0:
-                        self._free.append(child.slot)
-                        child.slot = -1
-                    child.hidden = None
-                    child.memo.clear()
+                if id(child) in kept:
+                    continue
+                if child.slot >= 0:
+                    self._free.append(child.slot)
+                    child.slot = -1
+                child.hidden = None
+                child.memo.clear()
+                if id(child) not in known:
                     del node.children[token]
 
     def clear(self) -> None:
@@ -111,3 +112,13 @@ class PrefixCache:
         self._roots.clear()
         self._prompts.clear()
         self._free = list(range(self.slots - 1, -1, -1))
+
+
+def _on_paths(nodes: Iterable[Node]) -> set[int]:
+    found: set[int] = set()
+    for node in nodes:
+        step: Node | None = node
+        while step is not None and id(step) not in found:
+            found.add(id(step))
+            step = step.parent
+    return found

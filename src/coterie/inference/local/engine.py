@@ -197,19 +197,21 @@ class LocalEngine:
         served = 0
         while served < len(todo):
             work = plan_pass(todo[served:], self.tokens_per_pass)
-            fresh = [node for node in work.nodes if node.slot < 0]
-            if len(fresh) > self.cache.free:
+            if _fresh(work) > self.cache.free:
                 if served:
                     break
-                self.cache.keep_only(self._fitting(todo))
-                todo = [item for item in todo if item[1].hidden is None]
+                # give room to the runs that came first; the others are computed again when their turn comes
+                self._keep_only(self._fitting(todo))
                 work = plan_pass(todo, min(self.tokens_per_pass, self.cache.free))
-                if sum(node.slot < 0 for node in work.nodes) > self.cache.free:
-                    self.cache.keep_only(todo[0][1].path())
+                if _fresh(work) > self.cache.free:
+                    self._keep_only([todo[0][1]])
                     work = plan_pass(todo[:1], self.cache.free)
             self._forward(work)
             served += work.served
         return [run for run in self._runs if run.node.hidden is not None]
+
+    def _keep_only(self, nodes: list[Node]) -> None:
+        self.cache.keep_only(nodes, [run.node for run in self._runs])
 
     def _fitting(self, todo: list[tuple[AdapterVersion | None, Node]]) -> list[Node]:
         """The first waiting nodes whose paths together leave room for one another."""
@@ -355,3 +357,8 @@ class LocalEngine:
             choice=run.trie.choice if run.trie is not None else None,
             latency_s=time.perf_counter() - run.born,
         )
+
+
+def _fresh(work: Pass) -> int:
+    """Slots a pass needs."""
+    return sum(node.slot < 0 for node in work.nodes)

@@ -1,0 +1,285 @@
+"""The learner against plain PEFT, one sequence at a time, and its invariants."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from coterie.config import LearnerConfig
+from coterie.lm.base import BaseModel
+from coterie.models import ModelConfig
+from coterie.training.batch import build_batch
+from coterie.training.learner import Learner, LearnerStats
+from coterie.types import Advantages, Episode, Tier, Turn
+from tests.conftest import MakeBase
+from tests.support.episodes import episode, make_turn
+
+MODELS = (
+    ModelConfig(model_id="low", lora_rank=2, lora_alpha=4, learning_rate=1e-3),
+    ModelConfig(model_id="middle", lora_rank=5, lora_alpha=20, learning_rate=2e-3),
+    ModelConfig(model_id="high", lora_rank=8, lora_alpha=8, learning_rate=5e-4),
+)
+BIAS = {20: 0.7, 30: -0.4, 41: 0.2}
+
+
+def _noisy(base: BaseModel, models: Sequence[ModelConfig] = MODELS) -> None:
+    """Adapters with B different from zero, so that gradients of A are not trivially zero."""
+    for number, m in enumerate(models):
+        adapter = base.bank.add(m.model_id, m.lora_rank, m.lora_alpha, number)
+        generator = torch.Generator().manual_seed(100 + number)
+        with torch.no_grad():
+            adapter.flat.add_(0.05 * torch.randn(adapter.flat.shape, generator=generator))
+
+
+def _turns(rng: random.Random, model_id: str) -> list[Turn]:
+    """Turns that share prefixes: free text and choices, several temperatures, with and without bias."""
+    trunk = tuple(rng.randrange(300) for _ in range(6))
+    made = []
+    for _ in range(4):
+        prompt = trunk + tuple(rng.randrange(300) for _ in range(rng.randrange(1, 4)))
+        for _ in range(2):
+            tokens = tuple(rng.randrange(300) for _ in range(rng.randrange(1, 4)))
+            free = make_turn(
+                model_id, model_id=model_id, prompt_ids=prompt, token_ids=tokens, temperature=rng.choice((1.0, 0.7)),
+                logprobs=tuple(-rng.random() for _ in tokens),
+            )  # fmt: skip
+            allowed = ((10, 20, 30), (40, 41), (50,))
+            picked = tuple(rng.choice(a) for a in allowed)
+            choice = replace(
+                free, token_ids=picked, allowed=allowed, bias=rng.choice((None, BIAS)), logprobs=(-1.0, -0.5, 0.0)
+            )
+            made += [free, choice]
+    return made
+
+
+def _episodes() -> tuple[list[Episode], Advantages]:
+    rng = random.Random(3)
+    episodes, values = [], {}
+    turns = {m.model_id: _turns(rng, m.model_id) for m in MODELS}
+    for n in range(16):
+        made = episode(f"e{n}", scores={m.model_id: 0.5 for m in MODELS})
+        made = replace(
+            made,
+            trajectories={
+                m.model_id: replace(made.trajectories[m.model_id], model_id=m.model_id, turns=(turns[m.model_id][n],))
+                for m in MODELS
+            },
+        )
+        episodes.append(made)
+        values[made.episode_id] = {m.model_id: (rng.uniform(-1, 1),) for m in MODELS}
+    return episodes, Advantages(values)
+
+
+def _peft(base: BaseModel, m: ModelConfig) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    config = LoraConfig(
+        r=m.lora_rank, lora_alpha=m.lora_alpha, target_modules=list(base.bank.targets), task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(model, config)
+    adapter = base.bank.training(m.model_id)
+    for shape in adapter.shapes:
+        layer = wrapped.base_model.model.get_submodule(shape.name)
+        layer.lora_A["default"].weight.data.copy_(shape.a(adapter.flat, adapter.rank))
+        layer.lora_B["default"].weight.data.copy_(shape.b(adapter.flat, adapter.rank))
+    return wrapped
+
+
+def _naive_loss(model: PeftModel, turn: Turn, advantage: float, config: LearnerConfig) -> torch.Tensor:
+    """One turn's loss, written straight from the formulas."""
+    ids = torch.tensor([turn.prompt_ids + turn.token_ids])
+    logits = model(ids).logits[0]
+    total = torch.zeros(())
+    for j, token in enumerate(turn.token_ids):
+        allowed = turn.allowed[j] if turn.allowed else tuple(range(logits.shape[-1]))
+        row = logits[len(turn.prompt_ids) + j - 1]
+        if turn.bias:
+            row = row + torch.tensor([turn.bias.get(i, 0.0) for i in range(len(row))])
+        logp = (row[list(allowed)] / turn.temperature).log_softmax(-1)
+        if len(allowed) == 1:
+            continue
+        new = logp[allowed.index(token)]
+        ratio = (new - turn.logprobs[j]).exp()
+        if config.loss == "clipped":
+            value = torch.minimum(ratio * advantage, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage)
+        else:
+            value = advantage * ratio.detach().clamp(max=2.0) * new
+        if config.entropy_bonus:
+            value = value - config.entropy_bonus * (logp.exp() * logp).sum()
+        if config.kl_coefficient:
+            with torch.no_grad(), model.disable_adapter():
+                base_row = model(ids).logits[0, len(turn.prompt_ids) + j - 1]
+            if turn.bias:
+                base_row = base_row + torch.tensor([turn.bias.get(i, 0.0) for i in range(len(base_row))])
+            reference = (base_row[list(allowed)] / turn.temperature).log_softmax(-1)
+            value = value - config.kl_coefficient * (logp.exp() * (logp - reference)).sum()
+        total = total - value
+    return total
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LearnerConfig(),
+        LearnerConfig(loss="clipped", clip_low=0.1, clip_high=0.3),
+        LearnerConfig(entropy_bonus=0.1, kl_coefficient=0.3, tokens_per_pass=32),
+    ],
+    ids=["policy_gradient", "clipped", "entropy_and_kl_in_small_passes"],
+)
+def test_packed_gradient_of_three_policies_equals_plain_peft_one_sequence_at_a_time(
+    tiny_base: BaseModel, config: LearnerConfig
+) -> None:
+    _noisy(tiny_base)
+    learner = Learner(tiny_base, MODELS, config, 1)
+    episodes, advantages = _episodes()
+    batch = build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=learner.keep_zero)
+    learner.backward(batch)
+    for m in MODELS:
+        model = _peft(tiny_base, m)
+        for e in episodes:
+            (turn,) = e.trajectories[m.model_id].turns
+            loss = _naive_loss(model, turn, advantages.of(e.episode_id, m.model_id, 0), config) / len(episodes)
+            loss.backward()  # type: ignore[no-untyped-call]
+        adapter = tiny_base.bank.training(m.model_id)
+        assert adapter.grad is not None
+        assert float(adapter.grad.norm()) > 1e-3
+        for shape in adapter.shapes:
+            layer = model.base_model.model.get_submodule(shape.name)
+            for view, theirs in ((shape.a, layer.lora_A), (shape.b, layer.lora_B)):
+                ours = view(adapter.grad, adapter.rank)
+                torch.testing.assert_close(ours, theirs["default"].weight.grad, rtol=2e-3, atol=2e-6)
+
+
+def _gradient(base: BaseModel, config: LearnerConfig, episodes: Sequence[Episode], advantages: Advantages) -> list[torch.Tensor]:
+    learner = Learner(base, MODELS, config, 1)
+    learner.backward(build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=learner.keep_zero))
+    grads = [base.bank.training(m.model_id).grad for m in MODELS]
+    return [g.clone() for g in grads if g is not None]
+
+
+def test_any_packing_gives_the_same_gradient(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    episodes, advantages = _episodes()
+    whole = _gradient(tiny_base, LearnerConfig(), episodes, advantages)
+    for tokens_per_pass in (16, 40, 100):
+        cut = _gradient(tiny_base, LearnerConfig(tokens_per_pass=tokens_per_pass), episodes[::-1], advantages)
+        for a, b in zip(whole, cut, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_one_batch_of_eight_equals_eight_of_one(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    episodes, advantages = _episodes()
+    whole = _gradient(tiny_base, LearnerConfig(), episodes, advantages)
+    parts = [_gradient(tiny_base, LearnerConfig(), [e], advantages) for e in episodes]
+    for i, grad in enumerate(whole):
+        torch.testing.assert_close(grad, sum(p[i] for p in parts) / len(episodes), rtol=1e-4, atol=1e-7)
+
+
+def test_a_gradient_reaches_only_the_adapter_that_spoke(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    episodes, advantages = _episodes()
+    values = {
+        e: {seat: (adv if seat == "middle" else (0.0,)) for seat, adv in seats.items()}
+        for e, seats in advantages.values.items()
+    }
+    low, middle, high = _gradient(tiny_base, LearnerConfig(), episodes, Advantages(values))
+    assert not low.any()
+    assert not high.any()
+    assert middle.any()
+
+
+def test_zero_advantages_leave_every_weight_as_it_was(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    episodes, advantages = _episodes()
+    nothing = Advantages({e: {s: (0.0,) for s in seats} for e, seats in advantages.values.items()})
+    learner = Learner(tiny_base, MODELS, LearnerConfig(), 1)
+    # momentum from a real step must not move the weights of a step that learned nothing
+    ids = [m.model_id for m in MODELS]
+    learner.step(build_batch(ids, episodes, advantages, keep_zero=False), 1)
+    before = {i: tiny_base.bank.training(i).flat.clone() for i in ids}
+    stats = learner.step(build_batch(ids, episodes, nothing, keep_zero=False), 1)
+    for i in ids:
+        assert torch.equal(before[i], tiny_base.bank.training(i).flat)
+        assert not stats.policies[i].stepped
+        assert math.isfinite(stats.policies[i].grad_norm)
+
+
+@pytest.mark.parametrize("tier", [Tier.SIMULATED, Tier.SCRIPT, Tier.HUMAN])
+def test_turns_no_engine_sampled_never_reach_the_learner(tier: Tier) -> None:
+    episodes, advantages = _episodes()
+    spoiled = [
+        replace(
+            e,
+            trajectories={
+                s: replace(t, turns=tuple(replace(turn, tier=tier) for turn in t.turns))
+                for s, t in e.trajectories.items()
+            },
+        )
+        for e in episodes
+    ]
+    batch = build_batch([m.model_id for m in MODELS], spoiled, advantages, keep_zero=True)
+    assert batch.sequences == ()
+    assert batch.turns == (0, 0, 0)
+
+
+def test_equal_choices_of_many_episodes_cost_one(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    (e, *_), advantages = _episodes()
+    many = [replace(e, episode_id=f"copy{n}") for n in range(50)]
+    values = Advantages({m.episode_id: advantages.values[e.episode_id] for m in many})
+    learner = Learner(tiny_base, MODELS, LearnerConfig(), 1)
+    ids = [m.model_id for m in MODELS]
+    one, fifty = LearnerStats(), LearnerStats()
+    for stats, batch_episodes, adv in ((one, [e], advantages), (fifty, many, values)):
+        batch = build_batch(ids, batch_episodes, adv, keep_zero=False)
+        found = learner.step(batch, 1)
+        stats.packed_tokens = found.packed_tokens
+    assert fifty.packed_tokens == one.packed_tokens > 0
+
+
+def test_clipping_is_per_policy(make_base: MakeBase) -> None:
+    base = make_base()
+    _noisy(base)
+    episodes, advantages = _episodes()
+    learner = Learner(base, MODELS, LearnerConfig(max_grad_norm=1e-3), 1)
+    stats = learner.step(build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=False), 1)
+    for m in MODELS:
+        grad = base.bank.training(m.model_id).grad
+        assert grad is not None
+        assert float(grad.norm()) == pytest.approx(1e-3, rel=1e-4)
+        assert stats.policies[m.model_id].grad_norm > 1e-3
+
+
+def test_learning_rates_are_each_policys_own_and_follow_the_schedule(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(warmup_updates=2, final_learning_rate=0.5), 6)
+    assert [round(learner.schedule(n), 3) for n in range(1, 7)] == [0.333, 0.667, 1.0, 0.833, 0.667, 0.5]
+    episodes, advantages = _episodes()
+    stats = learner.step(build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=False), 3)
+    assert {i: s.learning_rate for i, s in stats.policies.items()} == {"low": 1e-3, "middle": 2e-3, "high": 5e-4}
+
+
+def test_state_brings_back_weights_and_moments_bit_by_bit(make_base: MakeBase, tmp_path: Path) -> None:
+    episodes, advantages = _episodes()
+    ids = [m.model_id for m in MODELS]
+    batch = build_batch(ids, episodes, advantages, keep_zero=False)
+    one, two = make_base(), make_base()
+    _noisy(one)
+    _noisy(two)
+    straight = Learner(one, MODELS, LearnerConfig(), 3)
+    straight.step(batch, 1)
+    state = straight.state()
+    straight.step(batch, 2)
+    resumed = Learner(two, MODELS, LearnerConfig(), 3)
+    resumed.restore(state)
+    resumed.step(batch, 2)
+    for i in ids:
+        assert torch.equal(one.bank.training(i).flat, two.bank.training(i).flat)
