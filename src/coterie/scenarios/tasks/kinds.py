@@ -94,17 +94,18 @@ _WORD_KEYS = ("adjective", "subject", "opener", "noun", "place")
 
 
 class Reasoning:
-    """The answer is computed: the largest of two numbers, from 0.6 of three. The harder, the closer they lie."""
+    """The answer is computed: the largest of two numbers, from 0.3 of three, from 0.7 of four. The harder, the closer
+    they lie."""
 
     max_tokens = 8
     everyone_advises = False
 
     def make(self, rng: random.Random, difficulty: float, split: Split, seats: int) -> dict[str, Any]:
         pool = numbers(split, 10, 99)
-        reach = max(8, round(80 * (1 - difficulty)))
+        reach = max(20, round(80 * (1 - difficulty)))
         first = rng.choice(pool)
         near = [n for n in pool if n != first and abs(n - first) <= reach]
-        found = [first, *rng.sample(near, min(len(near), 1 if difficulty < 0.6 else 2))]
+        found = [first, *rng.sample(near, 1 if difficulty < 0.3 else 2 if difficulty < 0.7 else 3)]
         rng.shuffle(found)
         return {"numbers": found, "answer": max(found)}
 
@@ -126,12 +127,12 @@ class Generation:
     so many words (characters in Chinese), and ends with the given mark. Accuracy is the share of constraints met;
     a line that does not end by itself meets neither length nor ending."""
 
-    max_tokens = 12
+    max_tokens = 8
     everyone_advises = False
 
     def make(self, rng: random.Random, difficulty: float, split: Split, seats: int) -> dict[str, Any]:
         chosen = rng.sample(words("thing", split), 1 if difficulty < 0.5 else 2)
-        return {"words": chosen, "limit": 8 - round(3 * difficulty), "mark": rng.choice("!?")}
+        return {"words": chosen, "limit": 5 - round(2 * difficulty), "mark": rng.choice("!?")}
 
     def question(self, content: Content, language: str, seat: int) -> str:
         wanted = [translate(w, language) for w in content["words"]]
@@ -190,14 +191,16 @@ class Optimization:
 
 class Collaboration:
     """What is needed is split between the seats: one knows the colour, the next the thing, and so on in turn. Only
-    who hears somebody with the other half can do better than guess. From 0.5 there are three colours instead of two."""
+    who hears somebody with the other half can do better than guess. Two colours and two things are possible; three of
+    each from 0.4."""
 
     max_tokens = 8
     everyone_advises = True
 
     def make(self, rng: random.Random, difficulty: float, split: Split, seats: int) -> dict[str, Any]:
-        colours = rng.sample(words("colour", split), 2 if difficulty < 0.5 else 3)
-        items = rng.sample(words("item", split), 2)
+        count = 2 if difficulty < 0.4 else 3
+        colours = rng.sample(words("colour", split), count)
+        items = rng.sample(words("item", split), count)
         return {"colours": colours, "items": items, "colour": rng.choice(colours), "item": rng.choice(items)}
 
     def _clue(self, content: Content, language: str, seat: int) -> str:

@@ -1,10 +1,10 @@
 """The user's task queue: advice, answers, and a check of every answer.
 
-    leaders speak, then the others who advise -> everyone answers, hearing what mode and roles let through -> scores
+    those who advise speak -> everyone else answers, hearing what mode and roles let through -> scores
 
 What a leader decides under central leadership is its own answer, and its advice; followers answer after hearing it.
 Where no leader is present each seat gives advice and then decides alone. In collaboration tasks everyone who is heard
-shares what it knows, leaders first, because the answer is split between the seats.
+tells what it knows, leader or not, because the answer is split between the seats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coterie.prompts.loader import text
 from coterie.scenarios.base import ScenarioOptions, Table
 from coterie.scenarios.tasks.kinds import KINDS, Kind
 from coterie.scenarios.teamwork import advice_speakers, heard_by, team_scores
-from coterie.types import ModelRole, Observation, Outcome, PlayerCard, Seat, SeatId, Split, Strategy, TaskType, TrainingTask, Turn
+from coterie.types import Observation, Outcome, PlayerCard, Seat, SeatId, Split, Strategy, TaskType, TrainingTask, Turn
 
 _FILE = "tasks"
 _CHOICE_BUDGET = 12
@@ -105,30 +105,24 @@ class _Game:
         self.tokens: dict[SeatId, int] = dict.fromkeys(table.seats, 0)
 
     async def advise(self) -> tuple[dict[SeatId, str], dict[SeatId, Turn]]:
-        """What each speaker advised, and the answers that were decided by speaking."""
+        """What each speaker advised, and the answers that were decided by speaking. Speakers do not hear each other."""
         table = self.table
         speakers = advice_speakers(table)
         if self.kind.everyone_advises and table.strategy.communication and table.task.max_steps >= 2:
             speakers = [s for s in table.seats if any(table.hears(o, s) for o in table.seats if o != s)]
-        leaders = [s for s in speakers if table[s].card.role is ModelRole.LEADER]
-        advice: dict[SeatId, str] = {}
-        decided: dict[SeatId, Turn] = {}
-        for group in (leaders, [s for s in speakers if s not in leaders]):
-            turns = await asyncio.gather(*(self._advice(seat, dict(advice)) for seat in group))
-            for seat, turn in zip(group, turns, strict=True):
-                advice[seat] = turn.text
-                if turn.kind == "decision":
-                    decided[seat] = turn
+        turns = await asyncio.gather(*(self._advice(seat) for seat in speakers))
+        advice = {seat: turn.text for seat, turn in zip(speakers, turns, strict=True)}
+        decided = {seat: turn for seat, turn in zip(speakers, turns, strict=True) if turn.kind == "decision"}
         return advice, decided
 
-    async def _advice(self, seat: SeatId, before: Mapping[SeatId, str]) -> Turn:
+    async def _advice(self, seat: SeatId) -> Turn:
         own = self.kind.advice(self.content, self.language, self.number[seat])
         if own is None:
             central = self.table.strategy.leadership == "central"
             question = self.kind.question(self.content, self.language, self.number[seat])
-            return await self._act(seat, question, before, self.choices, "decision" if central else "advice")
+            return await self._act(seat, question, {}, self.choices, "decision" if central else "advice")
         question, choices = own
-        return await self._act(seat, question, before, choices, "advice")
+        return await self._act(seat, question, {}, choices, "advice")
 
     async def answer(self, seat: SeatId, advice: Mapping[SeatId, str]) -> Turn:
         question = self.kind.question(self.content, self.language, self.number[seat])
