@@ -50,7 +50,9 @@ class TaskQueue:
             return taken
         tasks = list(islice(self._stream, count))
         if len(tasks) < count:
-            raise ScenarioError(f"the scenario gave {len(tasks)} training tasks where {count} were asked; it must not end")
+            raise ScenarioError(
+                f"the scenario gave {len(tasks)} training tasks where {count} were asked; it must not end"
+            )
         return tasks
 
 
@@ -166,7 +168,9 @@ class TrainingLoop:
             causes: dict[str, int] = {}
             for failure in failed:
                 causes[failure.error] = causes.get(failure.error, 0) + 1
-            listed = "; ".join(f"{count} times: {cause}" for cause, count in sorted(causes.items(), key=lambda c: -c[1])[:3])
+            listed = "; ".join(
+                f"{count} times: {cause}" for cause, count in sorted(causes.items(), key=lambda c: -c[1])[:3]
+            )
             raise ScenarioError(
                 f"{len(failed)} of {total} episodes failed, more than rollout.max_failed_share "
                 f"({self.config.rollout.max_failed_share}) allows. {listed}"

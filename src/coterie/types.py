@@ -214,7 +214,7 @@ class Observation:
     """What a seat is shown for one turn.
 
     `system` and `user` become chat messages under the base model's template; `prefix` opens the assistant's own
-    message, so that choices can be short continuations of it (for example prefix "Answer:" and choice " red").
+    message, so that choices can be short continuations of it (for example prefix "Answer:" and choice "red").
     """
 
     user: str

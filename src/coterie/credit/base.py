@@ -1,4 +1,4 @@
-"""What a credit scheme does: rewards of episodes in, one advantage per turn out. Nothing is mutated but its own state."""
+"""What a credit scheme does: rewards of episodes in, one advantage per turn out; only its own state changes."""
 
 from __future__ import annotations
 

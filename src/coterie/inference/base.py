@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from coterie.types import AdapterVersion, Generation, GenerateRequest, Observation, Tier
+from coterie.types import AdapterVersion, GenerateRequest, Generation, Observation, Tier
 
 
 class Engine(Protocol):

@@ -85,7 +85,7 @@ class TreePlan:
             values = torch.cat([v[a:b] for a, b in slices]) if block.ancestors else v[block.start : block.end]
             n = block.end - block.start
             # (n, kv, group, dim) -> (1, kv, group * n, dim): queries of one key head side by side
-            queries = q[block.start : block.end].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+            queries = q[block.start : block.end].view(n, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
             mask = self.masks.get((number, q.dtype))
             if mask is None:
                 additive = torch.zeros(block.visible.shape, dtype=q.dtype, device=q.device)
@@ -95,7 +95,7 @@ class TreePlan:
             out = functional.scaled_dot_product_attention(
                 queries[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask, scale=scale
             )
-            outputs.append(out[0].unflatten(1, (group, n)).permute(2, 0, 1, 3).flatten(1, 2))
+            outputs.append(out.view(kv_heads, group, n, -1).permute(2, 0, 1, 3).flatten(1, 2))
         return torch.cat(outputs)
 
 

@@ -140,8 +140,10 @@ class BankLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
         leaves = [leaf for adapter, _, _ in segments for leaf in (adapter.a[self.name], adapter.b[self.name])]
-        out = _LoRALinear.apply(flat, self.weight, self.bias, tuple(segments), *leaves)
-        return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        out: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+            flat, self.weight, self.bias, tuple(segments), *leaves
+        )
+        return out.view(*x.shape[:-1], -1)
 
 
 class AdapterBank:
@@ -171,10 +173,10 @@ class AdapterBank:
                 found[name] = module
         missing = [t for t in targets if not any(name.rsplit(".", 1)[-1] == t for name in found)]
         if missing:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            present = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise AdapterError(
                 f"lora_targets {missing[0]!r} names no linear layer of {type(model).__name__}; "
-                f"it has {', '.join(linear)}"
+                f"it has {', '.join(present)}"
             )
         self.sizes: tuple[tuple[str, int, int], ...] = tuple(
             (name, linear.in_features, linear.out_features) for name, linear in found.items()

@@ -66,7 +66,7 @@ class BaseModel:
 def native_bfloat16(device: torch.device) -> bool:
     """Whether this processor multiplies bfloat16 natively; elsewhere float32 is many times faster."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

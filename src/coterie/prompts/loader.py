@@ -16,7 +16,7 @@ def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("coterie", "prompts"),
         undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701
+        autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -67,10 +67,7 @@ class Calibration:
     @classmethod
     def from_json(cls, rows: Sequence[Mapping[str, Any]]) -> Calibration:
         return cls(
-            {
-                (row["seat"], tuple(row["choices"])): {int(t): float(b) for t, b in row["bias"].items()}
-                for row in rows
-            }
+            {(row["seat"], tuple(row["choices"])): {int(t): float(b) for t, b in row["bias"].items()} for row in rows}
         )
 
 

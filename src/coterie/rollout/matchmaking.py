@@ -57,11 +57,13 @@ def trained(seat_id: SeatId, model: LoRAModel) -> Holder:
     return Holder(model.card(seat_id), Trained(model.model_id), model.adapter, model.model_id)
 
 
-def frozen_as(holders: Mapping[SeatId, Holder], versions: Mapping[ModelId, AdapterVersion | None]) -> dict[SeatId, Holder]:
+def frozen_as(
+    holders: Mapping[SeatId, Holder], versions: Mapping[ModelId, AdapterVersion | None]
+) -> dict[SeatId, Holder]:
     """The same seating with models replaced by fixed versions (None: the bare base); cards stay."""
     out = dict(holders)
     for seat_id, holder in holders.items():
-        if holder.trained in versions:
+        if holder.trained is not None and holder.trained in versions:
             version = versions[holder.trained]
             out[seat_id] = Holder(holder.card, Frozen(version), version, None)
     return out

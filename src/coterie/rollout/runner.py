@@ -48,9 +48,7 @@ class Runner:
         self.scenario = scenario
         self.services = services
 
-    def seating(
-        self, task: TrainingTask, models: Sequence[LoRAModel], turn: int, rotate: bool
-    ) -> dict[SeatId, Holder]:
+    def seating(self, task: TrainingTask, models: Sequence[LoRAModel], turn: int, rotate: bool) -> dict[SeatId, Holder]:
         """Who sits where when `task` is played for the `turn`-th time."""
         return assign(self.scenario.seats(task), models, turn=turn, rotate=rotate)
 

@@ -108,9 +108,7 @@ class EpisodeTable:
 
     def hears(self, listener: SeatId, speaker: SeatId) -> bool:
         """See `Table.hears`."""
-        return listener != speaker and self.services.mode.hears(
-            self[listener].card, self[speaker].card, self.task
-        )
+        return listener != speaker and self.services.mode.hears(self[listener].card, self[speaker].card, self.task)
 
     def delivers(self, speaker: SeatId) -> bool:
         """See `Table.delivers`."""

@@ -38,7 +38,9 @@ def save_checkpoint(run: RunDirectory, checkpoint: Checkpoint) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, folder / "learner.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, folder / "learner.safetensors"
+    )
     write_atomically(folder / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}))
     return run.complete_checkpoint(checkpoint.update)
 

@@ -64,8 +64,10 @@ class Table(Protocol):
     strategy: Strategy
     language: str
     """Of the prompts: "en" or "zh"."""
-    rng: random.Random
     seats: tuple[SeatId, ...]
+
+    @property
+    def rng(self) -> random.Random: ...
 
     def __getitem__(self, seat_id: SeatId) -> SeatHandle: ...
 

@@ -56,7 +56,9 @@ def build_trie(choices: tuple[tuple[int, ...], ...], stop_id: int | None) -> Tri
 def _finish(node: TrieNode, stop_id: int | None) -> int:
     if node.choice is not None and node.children:
         if stop_id is None:
-            raise EngineError(f"choice {node.choice} begins another choice, and there is no stop token to tell them apart")
+            raise EngineError(
+                f"choice {node.choice} begins another choice, and there is no stop token to tell them apart"
+            )
         node.children[stop_id] = TrieNode(choice=node.choice)
         node.choice = None
     node.allowed = tuple(sorted(node.children))

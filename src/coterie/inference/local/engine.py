@@ -31,7 +31,7 @@ from coterie.inference.local.sampler import (
 from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass
 from coterie.lm.attention import CachePlan
 from coterie.lm.base import BaseModel
-from coterie.types import AdapterVersion, Generation, GenerateRequest, Tier
+from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
 _QUIET_ROUNDS = 3
 """Turns of the event loop without a new request after which a step starts."""
@@ -216,7 +216,7 @@ class LocalEngine:
     def _fitting(self, todo: list[tuple[AdapterVersion | None, Node]]) -> list[Node]:
         """The first waiting nodes whose paths together leave room for one another."""
         kept: set[int] = set()
-        nodes = []
+        nodes: list[Node] = []
         for _, node in todo:
             path = {id(step) for step in node.path()} - kept
             if nodes and len(kept) + len(path) > self.cache.slots:
@@ -304,9 +304,7 @@ class LocalEngine:
         for run, number, token, logprob in zip(members, rows, tokens, chosen, strict=True):
             self._advance(run, token, logprob, entropy[number], None)
 
-    def _advance(
-        self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None
-    ) -> None:
+    def _advance(self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None) -> None:
         run.tokens.append(token)
         run.logprobs.append(logprob)
         run.entropy.append(entropy)

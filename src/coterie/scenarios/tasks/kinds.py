@@ -183,7 +183,7 @@ class Optimization:
     def accuracy(self, content: Content, language: str, answer: str, ended: bool) -> float:
         prices = {translate(name, language): price for name, price in content["offers"]}
         low, high = min(prices.values()), max(prices.values())
-        return (high - prices[answer]) / (high - low)
+        return float((high - prices[answer]) / (high - low))
 
     def advice(self, content: Content, language: str, seat: int) -> None:
         return None
