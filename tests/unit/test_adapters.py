@@ -50,7 +50,9 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft(make_base: MakeBase, tmp_
     theirs = PeftModel.from_pretrained(plain, tmp_path / "v3")
     with torch.no_grad():
         expected = theirs(torch.tensor([tokens])).logits[0]
-        unadapted = base.logits(base.hidden(torch.tensor(tokens), torch.arange(len(tokens)), pack([(0, tokens)]).plan(), []))
+        unadapted = base.logits(
+            base.hidden(torch.tensor(tokens), torch.arange(len(tokens)), pack([(0, tokens)]).plan(), [])
+        )
     ours = _logits(base, adapter, tokens)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert (ours - unadapted).abs().max() > 0.01

@@ -15,7 +15,7 @@ from coterie.inference.local.choices import build_trie
 from coterie.inference.local.engine import LocalEngine
 from coterie.inference.local.sampler import uniform
 from coterie.lm.base import BaseModel
-from coterie.types import AdapterVersion, Generation, GenerateRequest
+from coterie.types import AdapterVersion, GenerateRequest, Generation
 
 A0, B0 = AdapterVersion("a", 0), AdapterVersion("b", 0)
 
@@ -148,7 +148,7 @@ def test_free_text_ends_with_a_stop_token_or_at_the_limit(engine: LocalEngine) -
     everything = tuple(range(engine.base.vocabulary))
     (stopped,) = _ask(engine, [GenerateRequest(_prompt(1), A0, seed=1, max_tokens=9, stop_ids=everything)])
     assert (stopped.finish_reason, len(stopped.token_ids)) == ("stop", 1)
-    impossible = {i: -1e9 for i in engine.base.chat.stop_ids}
+    impossible = dict.fromkeys(engine.base.chat.stop_ids, -1000000000.0)
     (cut,) = _ask(engine, [GenerateRequest(_prompt(1), A0, seed=1, max_tokens=9, bias=impossible)])
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 9)
 
@@ -161,7 +161,9 @@ def test_after_publishing_the_old_version_is_gone_and_nothing_stale_is_served(en
     asyncio.run(engine.publish(AdapterVersion("a", 1), None))
     with pytest.raises(EngineError, match="a@v0 was never published"):
         _ask(engine, [request])
-    (after,) = _ask(engine, [GenerateRequest(_prompt(6), AdapterVersion("a", 1), 0, choices=((1,), (2,)), distribution=True)])
+    (after,) = _ask(
+        engine, [GenerateRequest(_prompt(6), AdapterVersion("a", 1), 0, choices=((1,), (2,)), distribution=True)]
+    )
     assert after.choice_probs != before.choice_probs
 
 

@@ -157,7 +157,9 @@ def test_packed_gradient_of_three_policies_equals_plain_peft_one_sequence_at_a_t
                 torch.testing.assert_close(ours, theirs["default"].weight.grad, rtol=2e-3, atol=2e-6)
 
 
-def _gradient(base: BaseModel, config: LearnerConfig, episodes: Sequence[Episode], advantages: Advantages) -> list[torch.Tensor]:
+def _gradient(
+    base: BaseModel, config: LearnerConfig, episodes: Sequence[Episode], advantages: Advantages
+) -> list[torch.Tensor]:
     learner = Learner(base, MODELS, config, 1)
     learner.backward(build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=learner.keep_zero))
     grads = [base.bank.training(m.model_id).grad for m in MODELS]
@@ -199,7 +201,7 @@ def test_a_gradient_reaches_only_the_adapter_that_spoke(tiny_base: BaseModel) ->
 def test_zero_advantages_leave_every_weight_as_it_was(tiny_base: BaseModel) -> None:
     _noisy(tiny_base)
     episodes, advantages = _episodes()
-    nothing = Advantages({e: {s: (0.0,) for s in seats} for e, seats in advantages.values.items()})
+    nothing = Advantages({e: dict.fromkeys(seats, (0.0,)) for e, seats in advantages.values.items()})
     learner = Learner(tiny_base, MODELS, LearnerConfig(), 1)
     # momentum from a real step must not move the weights of a step that learned nothing
     ids = [m.model_id for m in MODELS]
