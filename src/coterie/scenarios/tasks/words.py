@@ -1,7 +1,7 @@
 """The words tasks are made of, English and Chinese, and the border between training and held-out.
 
-Every pool has a training part and a held-out part that share no word in either language; numbers are split the same
-way. Tasks store the English word, and `translate` gives the Chinese one, so that a task is the same in both.
+A word stands on one side only, whichever pools it is in and in either language; numbers are split the same way.
+Tasks store the English word, and `translate` gives the Chinese one, so that a task is the same in both.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _POOLS: dict[str, tuple[str, str]] = {
     ),
     "item": (
         "cup=杯子 hat=帽子 car=汽车 ball=球 key=钥匙 bag=包 pen=钢笔 box=盒子 ring=戒指 boat=小船",
-        "book=书 door=门 lamp=灯 chair=椅子 clock=时钟 bell=铃",
+        "truck=卡车 mask=面具 desk=书桌 bike=自行车 guitar=吉他 flag=旗子",
     ),
 }
 
