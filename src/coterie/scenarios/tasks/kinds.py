@@ -151,7 +151,7 @@ class Generation:
             said = re.findall(r"[a-z']+", answer.lower())
             length, limit = len(said), content["limit"]
             met = [w in said for w in wanted]
-        marks = {"!": "!!", "?": "??"}[content["mark"]]
+        marks = {"!": "!！", "?": "?？"}[content["mark"]]  # Chinese writes them full-width
         met += [ended and 0 < length <= limit, ended and answer.endswith(tuple(marks))]
         return sum(met) / len(met)
 

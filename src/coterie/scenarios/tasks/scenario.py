@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from coterie.errors import ScenarioError
 from coterie.prompts.loader import text
 from coterie.scenarios.base import ScenarioOptions, Table
 from coterie.scenarios.tasks.kinds import KINDS, Kind
@@ -44,6 +43,13 @@ class TasksOptions(ScenarioOptions):
     heldout: int = Field(default=1000, ge=1)
     """How many held-out tasks there are."""
 
+    @field_validator("difficulty")
+    @classmethod
+    def _within(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError("give the lowest and the highest, within 0..1")
+        return value
+
 
 class Tasks:
     """The `tasks` scenario."""
@@ -51,9 +57,6 @@ class Tasks:
     Options: ClassVar[type[ScenarioOptions]] = TasksOptions
 
     def __init__(self, options: TasksOptions) -> None:
-        low, high = options.difficulty
-        if not 0 <= low <= high <= 1:
-            raise ScenarioError(f"difficulty {list(options.difficulty)}: give the lowest and the highest, within 0..1")
         self.options = options
 
     def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
