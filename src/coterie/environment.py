@@ -244,6 +244,14 @@ class MultiModelEnvironment:
             "models": {model_id: _model_stats(model) for model_id, model in self.models.items()},
         }
 
+    async def aclose(self) -> None:
+        """Let go of engine and database. Training again builds nothing new, so this comes last."""
+        if self._loop is not None:
+            await self._loop.engine.close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
     # -- building -----------------------------------------------------------------------------------------------
 
     @property

@@ -34,8 +34,8 @@ class ModelConfig(BaseModel):
     lora_rank: int = Field(default=8, ge=1, le=512)
     lora_alpha: float = Field(default=16.0, gt=0)
     """Adapter output is scaled by alpha / rank."""
-    learning_rate: float = Field(default=2e-4, gt=0, le=1.0)
-    """Of AdamW, per update; the default suits a 135M base with choices as answers."""
+    learning_rate: float = Field(default=8e-4, gt=0, le=1.0)
+    """Of AdamW, per update; the default suits rank 8, a 135M base, short answers and some dozens of updates."""
     team_id: str | None = None
     specialization: str = ""
     """Free text for the prompt: what this model is good at."""
@@ -109,7 +109,7 @@ def create_competitive_models() -> list[ModelConfig]:
         ModelConfig(model_id="competitor_1", role=ModelRole.COMPETITOR, lora_rank=4, lora_alpha=8),
         ModelConfig(model_id="competitor_2", role=ModelRole.COMPETITOR, lora_rank=8, lora_alpha=16),
         ModelConfig(
-            model_id="competitor_3", role=ModelRole.COMPETITOR, lora_rank=16, lora_alpha=32, learning_rate=1e-4
+            model_id="competitor_3", role=ModelRole.COMPETITOR, lora_rank=16, lora_alpha=32, learning_rate=4e-4
         ),
     ]
 

@@ -206,6 +206,12 @@ class PlayerCard:
     specialization: str = ""
 
 
+ADVICE = "advice"
+"""Kind of a turn whose text reaches others and is not the speaker's own answer."""
+DECISION = "decision"
+"""Kind of a turn that is a leader's own answer and, at once, its advice."""
+
+
 # -- what a seat is shown and what it says ----------------------------------------------------------------------
 
 
@@ -274,7 +280,7 @@ class Turn:
     model_id: ModelId | None
     adapter: AdapterVersion | None
     kind: str
-    """Free label by the scenario: "advice", "answer", "move", …"""
+    """Label by the scenario: `ADVICE` and `DECISION` reach others; "answer", "move" and any other do not."""
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -122,7 +122,7 @@ def transcript(episode: Episode) -> list[str]:
     lines = ["\n--- what everyone said ---"]
     for seat_id, trajectory in episode.trajectories.items():
         for turn in trajectory.turns:
-            kept_back = " (not delivered)" if turn.kind == "advice" and seat_id in episode.withheld else ""
+            kept_back = " (not delivered)" if turn.kind in (ADVICE, DECISION) and seat_id in episode.withheld else ""
             lines.append(f"{seat_id} ({_holder(episode, seat_id)}), {turn.kind}{kept_back}: {turn.text.strip()}")
     return lines
 
@@ -143,7 +143,7 @@ def results(episode: Episode) -> ResultTable:
 
 def _holder(episode: Episode, seat_id: SeatId) -> str:
     """Who held a seat: the person, an adapter version, the bare base or a script."""
-    from coterie.types import Tier
+    from coterie.types import ADVICE, DECISION, Tier
 
     trajectory = episode.trajectories[seat_id]
     if not trajectory.turns:

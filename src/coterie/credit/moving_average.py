@@ -27,9 +27,9 @@ from pydantic import Field
 
 from coterie.credit.base import CreditOptions
 from coterie.credit.normalize import mean
-from coterie.credit.turns import ADVICE, check_numbers, collect, credited, divide_per_policy
+from coterie.credit.turns import check_numbers, collect, credited, divide_per_policy
 from coterie.errors import RunFolderError
-from coterie.types import Advantages, Episode, ModelId, SeatId, TaskType
+from coterie.types import ADVICE, Advantages, Episode, ModelId, SeatId, TaskType
 
 _Key = tuple[TaskType, SeatId, str]
 

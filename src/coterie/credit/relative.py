@@ -13,8 +13,8 @@ from typing import Literal
 
 from coterie.credit.base import CreditOptions
 from coterie.credit.normalize import inverse_deviation, mean
-from coterie.credit.turns import ADVICE, check_numbers, collect, credited, divide_per_policy
-from coterie.types import Advantages, Episode, ModelId, SeatId
+from coterie.credit.turns import check_numbers, collect, credited, divide_per_policy
+from coterie.types import ADVICE, Advantages, Episode, ModelId, SeatId
 
 Signal = Callable[[Episode], tuple[Mapping[SeatId, float], Mapping[SeatId, float]]]
 """Of an episode, by seat: what its other turns are judged by, and what its advice turns are judged by."""

@@ -18,10 +18,7 @@ from itertools import islice
 
 from coterie.credit.normalize import inverse_deviation
 from coterie.errors import ScenarioError
-from coterie.types import Advantages, Episode, ModelId, SeatId, Turn
-
-ADVICE = "advice"
-"""`Turn.kind` of a turn whose words are for the other seats."""
+from coterie.types import ADVICE, Advantages, Episode, ModelId, SeatId, Turn
 
 
 def credited(turn: Turn, episode: Episode) -> bool:

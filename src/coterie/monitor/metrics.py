@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from coterie.models import LoRAModel, ModelPerformance
-from coterie.types import Episode, FailedEpisode, ModelId, ModelRole, SeatId, TaskType, Trajectory
+from coterie.scenarios.teamwork import response_quality
+from coterie.types import ADVICE, DECISION, Episode, FailedEpisode, ModelId, ModelRole, SeatId, TaskType, Trajectory
 
 METRICS: dict[str, str] = {
     "play/<model>/reward": "Mean share of the reward pool; what training raises. In a competition not all can rise.",
@@ -24,6 +25,7 @@ METRICS: dict[str, str] = {
     "play/<model>/valid_rate": "Share of its turns that were well formed; below 1 with choices means a broken engine.",
     "play/<model>/entropy": "Mean entropy per token, nats; near 0 it no longer explores, rising late it forgets.",
     "play/<model>/response_tokens": "Mean tokens per turn; a steady climb without reward is length bias.",
+    "play/<model>/response_quality": "Keyword bonus of its texts, 0.05 to 0.15; what words it uses, not whether it is right.",
     "play/<model>/win_rate": "Share of episodes in which it alone had the highest reward; 0 where rewards are shared.",
     "play/<model>/cooperation_score": "Others' accuracy with its advice minus without; below 0 it misleads them.",
     "play/<model>/episodes": "Seats it held in this update; the figures above are means over them.",
@@ -94,6 +96,7 @@ class _Tally:
     wins: int = 0
     by_type: dict[TaskType, list[float]] = field(default_factory=dict)
     """[sum of accuracy, seats]."""
+    quality: float = 0.0
 
 
 Sides = list[float]
@@ -196,6 +199,7 @@ def _count(episode: Episode, tallies: Mapping[ModelId, _Tally]) -> None:
             tally.tokens += len(turn.token_ids)
             tally.entropy += sum(turn.entropy)
             tally.entropies += len(turn.entropy)
+            tally.quality += response_quality(turn.text)
 
 
 def _winner(rewards: Mapping[SeatId, float]) -> SeatId | None:
@@ -207,7 +211,7 @@ def _winner(rewards: Mapping[SeatId, float]) -> SeatId | None:
 
 def _spoke(trajectory: Trajectory) -> bool:
     for turn in trajectory.turns:  # noqa: SIM110 - a generator here costs a third of the whole measurement
-        if turn.kind == "advice":
+        if turn.kind in (ADVICE, DECISION):
             return True
     return False
 
@@ -277,6 +281,7 @@ def _report(
         ("valid_rate", valid_rate),
         ("entropy", entropy),
         ("response_tokens", tally.tokens / tally.turns if tally.turns else None),
+        ("response_quality", tally.quality / tally.turns if tally.turns else None),
         ("win_rate", tally.wins / tally.contests if tally.contests else None),
         ("cooperation_score", cooperation),
         ("episodes", float(tally.seats)),

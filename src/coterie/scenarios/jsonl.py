@@ -35,7 +35,7 @@ from coterie.scenarios.jsonl_rows import (
     read_rows,
 )
 from coterie.scenarios.teamwork import advice_speakers, heard_by, response_quality, team_scores
-from coterie.types import Observation, Outcome, Seat, SeatId, Split, TrainingTask, Turn
+from coterie.types import ADVICE, Observation, Outcome, Seat, SeatId, Split, TrainingTask, Turn
 
 ADVICE_TOKENS: Final = 24
 """Most tokens of free-text advice; with choices, advice is one of them."""
@@ -176,7 +176,7 @@ class JsonLines:
             seen,
             choices=question.choices,
             max_tokens=_advice_allowance(question),
-            kind="advice",
+            kind=ADVICE,
         )
 
     async def _answer(self, question: Question, table: Table, seat: SeatId, advice: Mapping[SeatId, str]) -> Turn:

@@ -20,8 +20,21 @@ from pydantic import Field, field_validator
 from coterie.prompts.loader import text
 from coterie.scenarios.base import ScenarioOptions, Table
 from coterie.scenarios.tasks.kinds import KINDS, Kind
-from coterie.scenarios.teamwork import advice_speakers, heard_by, team_scores
-from coterie.types import Observation, Outcome, PlayerCard, Seat, SeatId, Split, Strategy, TaskType, TrainingTask, Turn
+from coterie.scenarios.teamwork import advice_speakers, heard_by, response_quality, team_scores
+from coterie.types import (
+    ADVICE,
+    DECISION,
+    Observation,
+    Outcome,
+    PlayerCard,
+    Seat,
+    SeatId,
+    Split,
+    Strategy,
+    TaskType,
+    TrainingTask,
+    Turn,
+)
 
 _FILE = "tasks"
 _CHOICE_BUDGET = 12
@@ -40,6 +53,8 @@ class TasksOptions(ScenarioOptions):
     """Seats of a task (its required_models)."""
     reward_pool: float = Field(default=1.0, gt=0)
     max_steps: int = Field(default=4, ge=1)
+    keyword_bonus: bool = False
+    """Add the keyword bonus of an answer's text to its score. Off, because a policy learns to chant the words."""
     heldout: int = Field(default=1000, ge=1)
     """How many held-out tasks there are."""
 
@@ -94,6 +109,8 @@ class Tasks:
         decided.update(zip(waiting, turns, strict=True))
         accuracy = {seat: game.accuracy(decided[seat]) for seat in table.seats}
         scores = team_scores(table, accuracy, game.tokens, game.budget())
+        if self.options.keyword_bonus:
+            scores = {seat: min(1.0, score + response_quality(decided[seat].text)) for seat, score in scores.items()}
         return Outcome(scores, accuracy)
 
 
@@ -115,7 +132,7 @@ class _Game:
             speakers = [s for s in table.seats if any(table.hears(o, s) for o in table.seats if o != s)]
         turns = await asyncio.gather(*(self._advice(seat) for seat in speakers))
         advice = {seat: turn.text for seat, turn in zip(speakers, turns, strict=True)}
-        decided = {seat: turn for seat, turn in zip(speakers, turns, strict=True) if turn.kind == "decision"}
+        decided = {seat: turn for seat, turn in zip(speakers, turns, strict=True) if turn.kind == DECISION}
         return advice, decided
 
     async def _advice(self, seat: SeatId) -> Turn:
@@ -123,9 +140,9 @@ class _Game:
         if own is None:
             central = self.table.strategy.leadership == "central"
             question = self.kind.question(self.content, self.language, self.number[seat])
-            return await self._act(seat, question, {}, self.choices, "decision" if central else "advice")
+            return await self._act(seat, question, {}, self.choices, DECISION if central else ADVICE)
         question, choices = own
-        return await self._act(seat, question, {}, choices, "advice")
+        return await self._act(seat, question, {}, choices, ADVICE)
 
     async def answer(self, seat: SeatId, advice: Mapping[SeatId, str]) -> Turn:
         question = self.kind.question(self.content, self.language, self.number[seat])
@@ -141,7 +158,7 @@ class _Game:
         observation = Observation(
             user=question + ("\n" + _heard(self.language, heard) if heard else ""),
             system=_system(self.language, card, table.strategy, len(table.seats) - 1),
-            prefix=text(self.language, _FILE, "advice" if kind == "advice" else "answer") if choices else "",
+            prefix=text(self.language, _FILE, "advice" if kind == ADVICE else "answer") if choices else "",
         )
         turn = await table[seat].act(observation, choices=choices, max_tokens=self.kind.max_tokens, kind=kind)
         self.tokens[seat] += len(turn.token_ids)
