@@ -119,6 +119,8 @@ class Person:
 
 def transcript(episode: Episode) -> list[str]:
     """What every seat said, in the order of seats."""
+    from coterie.types import ADVICE, DECISION
+
     lines = ["\n--- what everyone said ---"]
     for seat_id, trajectory in episode.trajectories.items():
         for turn in trajectory.turns:
@@ -143,7 +145,7 @@ def results(episode: Episode) -> ResultTable:
 
 def _holder(episode: Episode, seat_id: SeatId) -> str:
     """Who held a seat: the person, an adapter version, the bare base or a script."""
-    from coterie.types import ADVICE, DECISION, Tier
+    from coterie.types import Tier
 
     trajectory = episode.trajectories[seat_id]
     if not trajectory.turns:

@@ -25,7 +25,7 @@ METRICS: dict[str, str] = {
     "play/<model>/valid_rate": "Share of its turns that were well formed; below 1 with choices means a broken engine.",
     "play/<model>/entropy": "Mean entropy per token, nats; near 0 it no longer explores, rising late it forgets.",
     "play/<model>/response_tokens": "Mean tokens per turn; a steady climb without reward is length bias.",
-    "play/<model>/response_quality": "Keyword bonus of its texts, 0.05 to 0.15; what words it uses, not whether it is right.",
+    "play/<model>/response_quality": "Keyword bonus of its texts, 0.05 to 0.15; of words used, not of being right.",
     "play/<model>/win_rate": "Share of episodes in which it alone had the highest reward; 0 where rewards are shared.",
     "play/<model>/cooperation_score": "Others' accuracy with its advice minus without; below 0 it misleads them.",
     "play/<model>/episodes": "Seats it held in this update; the figures above are means over them.",
