@@ -14,18 +14,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from coterie.config import RunConfig, check_models, parse_config
 from coterie.credit.base import build_credit
-from coterie.errors import BaseModelError, ConfigError, RunFolderError
+from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
 from coterie.models import LoRAModel, ModelConfig
 from coterie.modes.base import build_mode
 from coterie.monitor.console import Observer, Silent
 from coterie.monitor.metrics import UpdateRecord
 from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
-from coterie.rollout.matchmaking import with_person
+from coterie.rollout.matchmaking import assign, with_person
 from coterie.rollout.runner import Plan, Runner, with_services
 from coterie.rollout.table import Ask, TableServices, stable_seed
 from coterie.runs.directory import RunDirectory
@@ -83,7 +84,7 @@ class MultiModelEnvironment:
                 "and the engine inside the process generates them"
             )
         if config is None:
-            config = parse_config({"mode": TrainingMode(training_mode), "max_models": max_models})
+            config = parse_config({"mode": training_mode, "max_models": max_models}, source="arguments")
         self.config = config
         self.observer: Observer = observer or Silent()
         self.run_dir = run_dir
@@ -97,6 +98,7 @@ class MultiModelEnvironment:
         self._base: BaseModel | None = None
         self._store: Store | None = None
         self._stopping = False
+        self._seats_fit = False
         for model in config.models:
             self.add_model(model)
 
@@ -106,8 +108,7 @@ class MultiModelEnvironment:
     ) -> MultiModelEnvironment:
         """The environment of a whole run config, with its base loaded."""
         env = cls(config=config, observer=observer, run_dir=run_dir)
-        env._check_seats()
-        env.build()
+        env._ready()
         return env
 
     @classmethod
@@ -152,8 +153,11 @@ class MultiModelEnvironment:
                 f"model {config.model_id!r} names base {config.model_name!r}, but this run's base is "
                 f"{self.config.base.model!r}; all policies of a run share one base (set base.model)"
             )
+        if self.config.mode is TrainingMode.TEAM_BATTLE and config.team_id is None:
+            raise ConfigError(f"mode team_battle needs a team_id for every model; {config.model_id!r} has none")
         added = LoRAModel(config)
         self.models[config.model_id] = added
+        self._seats_fit = False
         if self._loop is not None:
             self._add_adapter(added)
             self._loop.models.append(added)
@@ -165,10 +169,12 @@ class MultiModelEnvironment:
         if model_id not in self.models:
             raise ConfigError(f"there is no model {model_id!r}; models: {', '.join(self.models) or 'none'}")
         model = self.models.pop(model_id)
+        self._seats_fit = False
         if self._loop is not None:
             self._loop.models.remove(model)
             self._loop.learner.remove(model_id)
-            self.base.bank.remove(model_id)
+            assert self._base is not None
+            self._base.bank.remove(model_id)
 
     def add_task(self, task: TrainingTask) -> None:
         """Put a task into the user's queue; once it has one, training plays only the queue, over and over."""
@@ -177,6 +183,7 @@ class MultiModelEnvironment:
                 f"task {task.task_id!r} needs {task.required_models} models, but max_models is {self.config.max_models}"
             )
         self._own_tasks.append(task)
+        self._seats_fit = False
         if self._loop is not None:
             self._loop.tasks.add(task)
 
@@ -193,17 +200,24 @@ class MultiModelEnvironment:
         loop = self._ready()
         await self._calibrate(loop)
         before = len(loop.records)
-        await loop.run(loop.update + cycles)
+        try:
+            await loop.run(loop.update + cycles)
+        finally:
+            self._stopping = loop.stopping = False
         return loop.records[before:]
 
     async def train(self) -> TrainSummary:
         """Do what is left of the config's updates, then evaluate."""
         loop = self._ready()
         await self._calibrate(loop)
-        if not await loop.run(self.config.updates):
-            return TrainSummary(False, loop.update)
+        try:
+            if not await loop.run(self.config.updates):
+                return TrainSummary(False, loop.update)
+            stopped = self._stopping
+        finally:
+            self._stopping = loop.stopping = False
         count = self.config.evaluation.tasks
-        if count == 0 or self._stopping:
+        if count == 0 or stopped:
             return TrainSummary(True, loop.update)
         found = await self._evaluate(count, Split.HELDOUT)
         results = found.as_dict()
@@ -212,7 +226,7 @@ class MultiModelEnvironment:
         return TrainSummary(True, loop.update, found.table(), results)
 
     def request_stop(self) -> None:
-        """Finish the current update, save, and return from `train`."""
+        """Finish the current update, save, and return from `train` or `train_cycles`; the next call goes on."""
         self._stopping = True
         if self._loop is not None:
             self._loop.stopping = True
@@ -317,28 +331,36 @@ class MultiModelEnvironment:
         return self._loop
 
     def _ready(self) -> TrainingLoop:
-        if self._loop is None:
+        if not self._seats_fit:
             self._check_seats()
+            self._seats_fit = True
+        if self._loop is None:
             self.build()
         assert self._loop is not None
         return self._loop
 
     def _check_seats(self) -> None:
         """Before anything long: enough models for the tasks, teams where the mode needs them."""
-        from coterie.rollout.matchmaking import assign
-
         if not self.models:
             raise ConfigError("there are no models to train; add_model(ModelConfig(...)), or a preset in the config")
         try:
             check_models([m.config for m in self.models.values()], self.config.max_models, self.config.mode)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        tasks = self._own_tasks or [next(iter(self.scenario.tasks(Split.TRAIN, self.config.seed)))]
-        for task in tasks:
+        tasks = self._own_tasks or self._first_tasks()
+        # most tasks have the same seats
+        for seats, task in {tuple(self.scenario.seats(task)): task for task in reversed(tasks)}.items():
             try:
-                assign(self.scenario.seats(task), list(self.models.values()))
+                assign(seats, list(self.models.values()))
             except ConfigError as error:
                 raise ConfigError(f"task {task.task_id!r}: {error}") from error
+
+    def _first_tasks(self) -> list[TrainingTask]:
+        """The first thousand tasks of each side. Raises `ScenarioError` when there is nothing to train on."""
+        train, heldout = (list(islice(self.scenario.tasks(split, self.config.seed), 1000)) for split in Split)
+        if not train:
+            raise ScenarioError(f"scenario {self.config.scenario.id!r} gives no training task")
+        return [*train, *heldout]
 
     def _add_adapter(self, model: LoRAModel) -> None:
         assert self._base is not None
@@ -376,8 +398,6 @@ class MultiModelEnvironment:
         return await loop.evaluator.all(count, split, self.observer.progress)
 
     def _task(self, index: int) -> TrainingTask:
-        from itertools import islice
-
         tasks = list(islice(self.scenario.tasks(Split.HELDOUT, self.config.seed), index, index + 1))
         if not tasks:
             raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")

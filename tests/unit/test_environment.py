@@ -1,0 +1,429 @@
+"""The system as a user holds it: models come and go, tasks queue up, cycles train, and mistakes are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.config import RunConfig, parse_config
+from coterie.environment import MultiModelEnvironment
+from coterie.errors import ConfigError, ScenarioError
+from coterie.models import (
+    LoRAModel,
+    ModelConfig,
+    create_competitive_models,
+    create_cooperative_team,
+    create_team_battle_models,
+)
+from coterie.monitor.console import Silent
+from coterie.monitor.metrics import UpdateRecord
+from coterie.runs.directory import RunDirectory
+from coterie.scenarios.base import ScenarioOptions, Table
+from coterie.types import (
+    Observation,
+    Outcome,
+    Seat,
+    Split,
+    TaskType,
+    TrainingMode,
+    TrainingTask,
+)
+
+MakeEnvironment = Callable[..., MultiModelEnvironment]
+
+
+@pytest.fixture
+def settings(tiny_path: Path) -> Callable[..., RunConfig]:
+    """A small run config on the tiny base; keyword arguments replace its tables."""
+
+    def make(**changes: Any) -> RunConfig:
+        small = {
+            "base": {"model": str(tiny_path), "threads": 1},
+            "scenario": {"options": {"models": 2, "types": ["classification", "optimization"]}},
+            "rollout": {"tasks_per_update": 2, "group_size": 4},
+            "engine": {"calibration_tasks": 6},
+        }
+        return parse_config({**small, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make(settings: Callable[..., RunConfig]) -> MakeEnvironment:
+    def make(*models: ModelConfig | str, **changes: Any) -> MultiModelEnvironment:
+        env = MultiModelEnvironment(config=settings(**changes))
+        for model in models:
+            env.add_model(ModelConfig(model_id=model) if isinstance(model, str) else model)
+        return env
+
+    return make
+
+
+def own(task_id: str, **fields: Any) -> TrainingTask:
+    return TrainingTask(**{"task_id": task_id, "task_type": TaskType.CLASSIFICATION, "required_models": 2, **fields})
+
+
+class Log(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+        self.records: list[UpdateRecord] = []
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def update(self, record: UpdateRecord) -> None:
+        self.records.append(record)
+
+
+class Recorder:
+    """A scenario that keeps which tasks were played at which seats."""
+
+    Options = ScenarioOptions
+    played: list[tuple[str, tuple[str | None, ...]]] = []  # noqa: RUF012 - shared on purpose, the fixture empties it
+
+    def __init__(self, options: ScenarioOptions) -> None: ...
+
+    def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
+        number = 0
+        while True:
+            yield TrainingTask(f"{split}-{number}", TaskType.REASONING, content={"n": number}, split=split)
+            number += 1
+
+    def seats(self, task: TrainingTask) -> list[Seat]:
+        return [Seat(f"s{i}") for i in range(task.required_models)]
+
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        if task.content.get("broken"):
+            raise ArithmeticError("cannot count")
+        self.played.append((task.task_id, tuple(table[seat].card.model_id for seat in table.seats)))
+        turns = [await table[seat].act(Observation(user="yes or no?"), choices=("yes", "no")) for seat in table.seats]
+        return Outcome({seat: float(turn.choice == 0) for seat, turn in zip(table.seats, turns, strict=True)})
+
+
+RECORDER = {"id": "tests.unit.test_environment:Recorder"}
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str | None, ...]]]:
+    found: list[tuple[str, tuple[str | None, ...]]] = []
+    monkeypatch.setattr(Recorder, "played", found)
+    return found
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+def test_adding_and_removing_before_anything_is_loaded() -> None:
+    env = MultiModelEnvironment(training_mode="competitive", max_models=3)
+    added = [env.add_model(config) for config in create_competitive_models()]
+    assert all(isinstance(model, LoRAModel) for model in added)
+    assert list(env.models) == ["competitor_1", "competitor_2", "competitor_3"]
+    with pytest.raises(ConfigError, match="4 models, but max_models is 3"):
+        env.add_model(ModelConfig(model_id="one_more"))
+    env.remove_model("competitor_2")
+    env.add_model(ModelConfig(model_id="one_more"))
+    assert list(env.models) == ["competitor_1", "competitor_3", "one_more"]
+    with pytest.raises(ConfigError, match="model_id 'one_more' is used 2 times"):
+        env.add_model(ModelConfig(model_id="one_more"))
+    with pytest.raises(ConfigError, match="no model 'ghost'; models: competitor_1, competitor_3, one_more"):
+        env.remove_model("ghost")
+
+
+def test_a_model_of_another_base_is_refused() -> None:
+    env = MultiModelEnvironment()
+    env.add_model(ModelConfig(model_id="a", model_name="smollm2-135m-instruct"))
+    with pytest.raises(ConfigError, match="all policies of a run share one base"):
+        env.add_model(ModelConfig(model_id="b", model_name="other"))
+    with pytest.raises(ConfigError, match=r"names base 'other'.*set base\.model"):
+        MultiModelEnvironment().add_model(ModelConfig(model_id="b", model_name="other"))
+
+
+def test_a_model_may_be_given_as_a_lora_model() -> None:
+    env = MultiModelEnvironment()
+    mine = LoRAModel(ModelConfig(model_id="mine", lora_rank=4))
+    assert env.add_model(mine).config == mine.config
+    assert env.get_environment_stats()["models"]["mine"]["lora_rank"] == 4
+
+
+def test_models_may_join_and_leave_while_training(make: MakeEnvironment) -> None:
+    env = make("a", "b")
+    env.run_training_cycle()
+    late = env.add_model(ModelConfig(model_id="late", lora_rank=3, learning_rate=1e-3))
+    env.run_training_cycle(3)
+    # three models for two seats: they take turns, so the newcomer has played and learned
+    assert late.weight_updates >= 1
+    assert env.base.bank.training("late").flat.abs().sum() > 0
+    env.remove_model("a")
+    records = env.run_training_cycle()
+    assert {p.model_id for p in records[0].performances} == {"b", "late"}
+    assert "learn/a/loss" not in records[0].metrics
+    env.remove_model("late")
+    with pytest.raises(ConfigError, match="2 seats to fill, but there are 1 models; add 1 more"):
+        env.run_training_cycle()
+    env.remove_model("b")
+    with pytest.raises(ConfigError, match="no models to train"):
+        env.run_training_cycle()
+
+
+def test_a_newcomer_starts_as_the_base(make: MakeEnvironment) -> None:
+    env = make("a", "b")
+    env.run_training_cycle()
+    env.add_model(ModelConfig(model_id="late"))
+    adapter = env.base.bank.training("late")
+    assert all(not b.any() for b in adapter.b.values())
+    assert env.models["late"].adapter.version == 0
+    assert any(b.any() for b in env.base.bank.training("a").b.values())
+
+
+# -- tasks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_users_queue_is_played_in_order_over_and_over(make: MakeEnvironment, played: list[Any]) -> None:
+    env = make("a", "b", scenario=RECORDER, engine={"calibration": False})
+    for name in ("first", "second", "third"):
+        env.add_task(own(name))
+    env.run_training_cycle(2)
+    env.add_task(own("fourth"))
+    env.run_training_cycle(2)
+    order = [task for task, _ in played]
+    each = [order[i] for i in range(0, len(order), 4)]  # four episodes of each
+    assert each == ["first", "second", "third", "first", "second", "third", "first", "fourth"]
+    assert env.get_environment_stats()["queued_tasks"] == 4
+    assert {seats for _, seats in played} == {("a", "b")}
+
+
+def test_without_a_queue_the_scenarios_tasks_are_played(make: MakeEnvironment, played: list[Any]) -> None:
+    env = make("a", scenario=RECORDER, engine={"calibration": False})
+    env.run_training_cycle(2)
+    assert Counter(task for task, _ in played) == {f"train-{n}": 4 for n in range(4)}
+
+
+@pytest.mark.parametrize("task_type", TaskType)
+def test_a_task_without_content_trains(make: MakeEnvironment, task_type: TaskType) -> None:
+    env = make("a", "b")
+    env.add_task(own("mine", task_type=task_type, difficulty=0.3, reward_pool=2.0, cooperation_level=0.9))
+    (record,) = env.run_training_cycle()
+    for performance in record.performances:
+        assert performance.episodes == 8
+        assert list(performance.by_task_type) == [task_type]
+        assert 0 <= performance.reward <= 1.0  # half the pool of two
+        assert performance.score <= performance.accuracy
+
+
+def test_a_task_that_needs_too_many_models_is_refused(make: MakeEnvironment) -> None:
+    env = make("a", "b", max_models=2)
+    with pytest.raises(ConfigError, match="task 'big' needs 3 models, but max_models is 2"):
+        env.add_task(own("big", required_models=3))
+    env = make("a")
+    env.add_task(own("fine", required_models=1))
+    env.run_training_cycle()
+    env.add_task(own("pair"))
+    with pytest.raises(ConfigError, match="task 'pair': the scenario has 2 seats"):
+        env.run_training_cycle()
+
+
+def test_too_few_models_are_noticed_before_the_base_is_loaded(
+    make: MakeEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.lm.base.load_base", lambda config: pytest.fail("loaded"))
+    rows = tmp_path / "rows.jsonl"
+    sizes = [1] * 30 + [3]
+    rows.write_text(
+        "\n".join(f'{{"prompt": "{i}?", "answer": "{i}", "required_models": {n}}}' for i, n in enumerate(sizes))
+    )
+    # one row among many needs three; whichever side it falls on and wherever it is drawn
+    for seed in range(3):
+        env = make("a", "b", seed=seed, scenario={"id": "jsonl", "options": {"path": str(rows)}})
+        with pytest.raises(ConfigError, match="task 'line-31': the scenario has 3 seats to fill, but there are 2"):
+            env.run_training_cycle()
+
+
+# -- cycles -------------------------------------------------------------------------------------------------------
+
+
+def test_cycles_return_their_records_and_count_what_they_did(make: MakeEnvironment) -> None:
+    env = make("a", "b", learner={"loss": "clipped", "passes": 2})
+    first = env.run_training_cycle(2)
+    second = env.run_training_cycle()
+    assert [record.update for record in (*first, *second)] == [1, 2, 3]
+    for model_id, model in env.models.items():
+        assert model.weight_updates == 2 * model.lora_adaptations  # two optimizer steps an update
+        assert 1 <= model.lora_adaptations == model.version <= 3
+        assert [p.update for p in model.performance_history] == [1, 2, 3]
+        assert {p.model_id for p in model.performance_history} == {model_id}
+        assert model.performance_history[-1] in second[0].performances
+
+
+def test_a_model_that_learned_nothing_publishes_nothing(make: MakeEnvironment) -> None:
+    """One seat always loses, another has nobody to compare with: no signal, no step, no version."""
+    env = make("a", scenario=RECORDER, rollout={"tasks_per_update": 1, "group_size": 1}, mode="competitive")
+    records = env.run_training_cycle(2)
+    assert [record.metrics["learn/a/grad_norm"] for record in records] == [0, 0]
+    assert (env.models["a"].version, env.models["a"].weight_updates, env.models["a"].lora_adaptations) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("cycles", [0, -1])
+def test_there_is_no_less_than_one_cycle(make: MakeEnvironment, cycles: int) -> None:
+    with pytest.raises(ConfigError, match=f"cycles is {cycles}"):
+        make("a", "b").run_training_cycle(cycles)
+
+
+def test_cycles_can_be_awaited(make: MakeEnvironment) -> None:
+    env = make("a", "b")
+
+    async def go() -> int:
+        return len(await env.train_cycles(2))
+
+    assert asyncio.run(go()) == 2
+
+
+def test_it_goes_on_after_a_stop(make: MakeEnvironment) -> None:
+    env = make("a", "b", updates=4, evaluation={"tasks": 0})
+
+    class StopAtTwo(Silent):
+        def update(self, record: UpdateRecord) -> None:
+            if record.update == 2:
+                env.request_stop()
+
+    env.observer = StopAtTwo()
+    stopped = asyncio.run(env.train())
+    assert (stopped.completed, stopped.update) == (False, 2)
+    done = asyncio.run(env.train())
+    assert (done.completed, done.update) == (True, 4)
+    assert len(env.run_training_cycle()) == 1
+
+
+def test_stats_say_what_there_is_and_how_it_has_done(make: MakeEnvironment, tiny_path: Path) -> None:
+    env = make(*create_team_battle_models(), mode="team_battle", scenario={"options": {"models": 4}}, max_models=6)
+    stats = env.get_environment_stats()
+    assert stats["training_mode"] == "team_battle"
+    assert stats["scenario"] == "tasks"
+    assert stats["base"] == str(tiny_path)
+    assert (stats["updates"], stats["total_models"], stats["max_models"], stats["queued_tasks"]) == (0, 4, 6, 0)
+    assert stats["models"]["red_1"]["last"] is None
+    env.run_training_cycle()
+    stats = env.get_environment_stats()
+    assert stats["updates"] == 1
+    red = stats["models"]["red_1"]
+    assert (red["role"], red["team_id"], red["adapter"]) == ("teammate", "red", f"red_1@v{red['lora_adaptations']}")
+    assert set(red["last"]) >= {"accuracy", "reward", "cooperation_score", "efficiency", "score"}
+    assert red["last"]["reward"] == env.models["red_1"].performance_history[-1].reward
+
+
+def test_evaluation_in_between_changes_nothing_of_the_training(make: MakeEnvironment) -> None:
+    plain, watched = make("a", "b"), make("a", "b")
+    expected = plain.run_training_cycle(3)
+    found = watched.run_training_cycle()
+    table = asyncio.run(watched.evaluate(4))
+    assert table.columns[:2] == ("task type", "model")
+    asyncio.run(watched.play(None, lambda seat, seen, choices: choices[0] if choices else "x", 1))
+    found += watched.run_training_cycle(2)
+    assert [record.metrics for record in found] == [record.metrics for record in expected]
+
+
+def test_the_observer_is_told(make: MakeEnvironment) -> None:
+    env = make("a", "b")
+    env.observer = log = Log()
+    records = env.run_training_cycle(2)
+    assert log.records == records
+    assert log.stages[0].startswith("loading base")
+    assert any("calibrated" in note and "6 training tasks" in note for note in log.notes)
+
+
+def test_a_person_takes_a_seat(make: MakeEnvironment) -> None:
+    env = make("a", "b", scenario=RECORDER)
+    asked: list[str] = []
+
+    def ask(seat: str, seen: Observation, choices: Any) -> str:
+        asked.append(seat)
+        return "no"
+
+    episode = asyncio.run(env.play("s0", ask, 3))
+    assert asked == ["s0"]
+    assert episode.task.task_id == "heldout-3"
+    assert episode.trajectories["s0"].turns[0].text == "no"
+    assert not episode.trajectories["s0"].turns[0].trainable
+    with pytest.raises(ConfigError, match="there is no seat 'nowhere'; seats: s0"):
+        asyncio.run(env.play("nowhere", ask, 0))
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_url_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"vllm_url='http://localhost:8000/v1'.*leave vllm_url out"):
+        MultiModelEnvironment("http://localhost:8000/v1", TrainingMode.COOPERATIVE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"training_mode": "cooperating"}, r"mode: .*'cooperating'"),
+        ({"max_models": 0}, "max_models: .*got 0"),
+    ],
+)
+def test_impossible_arguments(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        MultiModelEnvironment(**arguments)
+
+
+def test_no_models() -> None:
+    with pytest.raises(ConfigError, match=r"no models to train; add_model\(ModelConfig"):
+        MultiModelEnvironment().run_training_cycle()
+
+
+def test_a_team_battle_needs_teams() -> None:
+    env = MultiModelEnvironment(training_mode=TrainingMode.TEAM_BATTLE)
+    with pytest.raises(ConfigError, match="needs a team_id for every model; 'alone' has none"):
+        env.add_model(ModelConfig(model_id="alone"))
+    for config in create_cooperative_team():
+        env.add_model(config)
+    with pytest.raises(ConfigError, match="at least two different team_id"):
+        env.run_training_cycle()
+
+
+def test_failed_episodes_are_counted_and_too_many_end_the_training(make: MakeEnvironment, played: list[Any]) -> None:
+    def with_failures(share: float) -> MultiModelEnvironment:
+        env = make(
+            "a",
+            scenario=RECORDER,
+            rollout={"tasks_per_update": 2, "group_size": 3, "max_failed_share": share},
+            engine={"calibration": False},
+        )
+        env.add_task(own("good", required_models=1, content={"n": 1}))
+        env.add_task(own("bad", required_models=1, content={"broken": True}))
+        return env
+
+    (record,) = with_failures(0.5).run_training_cycle()
+    assert record.metrics["episodes/failed_share"] == 0.5
+    assert record.metrics["episodes/played"] == 3
+    with pytest.raises(ScenarioError, match=r"3 of 6 episodes failed.*3 times: ArithmeticError: cannot count"):
+        with_failures(0.4).run_training_cycle()
+
+
+def test_a_scenario_without_training_tasks_is_named(make: MakeEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "tasks", lambda self, split, seed: iter(()))
+    with pytest.raises(ScenarioError, match="no training task"):
+        make("a", scenario=RECORDER).run_training_cycle()
+
+
+def test_a_closed_environment_lets_go_of_its_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = settings(models=[{"model_id": "a"}, {"model_id": "b"}])
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    env.run_training_cycle()
+    asyncio.run(env.aclose())
+    asyncio.run(env.aclose())
+    again = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    assert [record.update for record in again.run_training_cycle()] == [2]
+    asyncio.run(again.aclose())
