@@ -406,12 +406,13 @@ class MultiModelEnvironment:
     # -- the run folder -----------------------------------------------------------------------------------------
 
     def _keep(
-        self, update: int, episodes: Sequence[Episode], failed: Sequence[FailedEpisode], record: UpdateRecord
+        self, update: int, episodes: Sequence[Episode], failed: Sequence[FailedEpisode], record: UpdateRecord | None
     ) -> None:
         assert self.run_dir is not None
         assert self._store is not None
         self._store.record(update, episodes, failed, self.config.run.episodes_kept)
-        MetricsFile(self.run_dir.metrics_path).append(record)
+        if record is not None:
+            MetricsFile(self.run_dir.metrics_path).append(record)
 
     def _save(self, update: int) -> None:
         from coterie.lm.adapters import save_adapter

@@ -10,7 +10,7 @@ from itertools import islice
 
 from coterie.config import RunConfig
 from coterie.credit.base import Credit
-from coterie.errors import ScenarioError
+from coterie.errors import CoterieError, ScenarioError
 from coterie.evaluation import Evaluator
 from coterie.inference.base import Engine
 from coterie.models import LoRAModel
@@ -70,44 +70,56 @@ class TrainingLoop:
     tasks: TaskQueue
     evaluator: Evaluator
     observer: Observer
-    keep: Callable[[int, Sequence[Episode], Sequence[FailedEpisode], UpdateRecord], None] | None = None
-    """Writes a finished update to disk."""
+    keep: Callable[[int, Sequence[Episode], Sequence[FailedEpisode], UpdateRecord | None], None] | None = None
+    """Writes an update to disk; without a record when too many of its episodes failed to learn from it."""
     save: Callable[[int], None] | None = None
     """Writes a checkpoint."""
     update: int = 0
     """Updates done."""
     stopping: bool = False
     records: list[UpdateRecord] = field(default_factory=list)
+    _saved: int = field(init=False)
+    """The update of the latest checkpoint, or the one the loop began with."""
+
+    def __post_init__(self) -> None:
+        self._saved = self.update
 
     async def run(self, until: int) -> bool:
-        """Do updates until `until` are done. Returns False when it was asked to stop before."""
-        saved = self.update
+        """Do updates until `until` are done. Returns False when it was asked to stop before.
+
+        Raises what playing raises, after saving the updates done so far.
+        """
         while self.update < until and not self.stopping:
             record = await self.step()
-            if self.save is not None and self.update % self.config.run.checkpoint_every == 0:
-                self.save(self.update)
-                saved = self.update
+            if self.update % self.config.run.checkpoint_every == 0:
+                self._save()
             if self._reached(record):
                 self.observer.note(f"target reached after update {self.update}: {self.config.evaluation.until}")
                 until = self.update
-        if self.save is not None and saved != self.update:
-            self.save(self.update)
+        self._save()
         return self.update >= until
 
     async def step(self) -> UpdateRecord:
         """One update of every policy."""
         number, rollout = self.update + 1, self.config.rollout
         started = time.perf_counter()
-        tasks = self.tasks.take(rollout.tasks_per_update)
-        episodes, failed = await self.runner.groups(
-            tasks,
-            self.models,
-            update=number,
-            group_size=rollout.group_size,
-            withhold=rollout.withhold,
-            rotate=rollout.rotate_seats,
-        )
-        self._check_failures(episodes, failed)
+        for model in self.models:
+            # whatever was measured or played since the last update stays in the engine's cache, and what is cached
+            # changes which tokens are computed together; a resumed run starts empty, so every update does
+            await self.engine.publish(model.adapter, None)
+        try:
+            episodes, failed = await self.runner.groups(
+                self.tasks.take(rollout.tasks_per_update),
+                self.models,
+                update=number,
+                group_size=rollout.group_size,
+                withhold=rollout.withhold,
+                rotate=rollout.rotate_seats,
+            )
+            self._check_failures(number, episodes, failed)
+        except CoterieError:  # nothing of this update was learned yet
+            self._save()
+            raise
         played = time.perf_counter()
 
         advantages = self.credit.advantages(episodes)
@@ -127,8 +139,7 @@ class TrainingLoop:
                 model.version += 1
                 model.weight_updates += self.config.learner.passes
                 model.lora_adaptations += 1
-            # also when nothing changed: publishing empties the cache, so that a resumed run computes the same
-            await self.engine.publish(model.adapter, None)
+                await self.engine.publish(model.adapter, None)
 
     async def _record(
         self,
@@ -158,13 +169,20 @@ class TrainingLoop:
         self.observer.update(record)
         return record
 
+    def _save(self) -> None:
+        if self.save is not None and self._saved != self.update:
+            self.save(self.update)
+            self._saved = self.update
+
     def _reached(self, record: UpdateRecord) -> bool:
         until = self.config.evaluation.until
         return bool(until) and all(record.metrics.get(f"exact/{name}", -1.0) >= v for name, v in until.items())
 
-    def _check_failures(self, episodes: Sequence[Episode], failed: Sequence[FailedEpisode]) -> None:
+    def _check_failures(self, number: int, episodes: Sequence[Episode], failed: Sequence[FailedEpisode]) -> None:
         total = len(episodes) + len(failed)
         if len(failed) > self.config.rollout.max_failed_share * total:
+            if self.keep is not None:
+                self.keep(number, episodes, failed, None)
             causes: dict[str, int] = {}
             for failure in failed:
                 causes[failure.error] = causes.get(failure.error, 0) + 1
@@ -172,6 +190,7 @@ class TrainingLoop:
                 f"{count} times: {cause}" for cause, count in sorted(causes.items(), key=lambda c: -c[1])[:3]
             )
             raise ScenarioError(
-                f"{len(failed)} of {total} episodes failed, more than rollout.max_failed_share "
+                f"update {number}: {len(failed)} of {total} episodes failed, more than rollout.max_failed_share "
                 f"({self.config.rollout.max_failed_share}) allows. {listed}"
+                + ("; all are in the run's database, table failures" if self.keep is not None else "")
             )

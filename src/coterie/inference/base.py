@@ -21,7 +21,8 @@ class Engine(Protocol):
 
     async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None:
         """Make an adapter version available. `adapter_dir` holds it in PEFT format; None where engine and learner
-        share their weights, and publishing only moves the version number."""
+        share their weights, and publishing only moves the version number. Publishing a version again is allowed and
+        forgets what was cached under it, so that what follows does not depend on what was asked before."""
         ...
 
     async def close(self) -> None: ...
