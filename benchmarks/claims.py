@@ -40,7 +40,7 @@ CURVES = {
 }
 """Claim -> the metrics kept of every update."""
 
-LEVELS = (0.0, 0.5, 0.75, 0.85, 0.95, 1.0)
+LEVELS = (0.5, 0.75, 0.85, 0.95)
 """Of cooperation, in mode mixed. Scores are 1, 0.6, 0.2 and 0, so with reward b * mean / 2 + (1 - b) * rank share
 cooperating with a defector pays from b = 0.77 on, and defecting from a cooperator no longer pays from 0.91 on."""
 
