@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from coterie.errors import ScenarioError
 from coterie.inference.base import ChatFormat, Engine
 from coterie.modes.base import Mode
+from coterie.registry import resolve
 from coterie.rollout.calibration import Calibration
 from coterie.scenarios.base import Script
 from coterie.types import (
@@ -227,7 +228,10 @@ class EpisodeSeat:
             tier = Tier.HUMAN
         else:
             rng = random.Random(stable_seed(services.seed, self.table.episode_id, self.card.seat_id, len(self.turns)))
-            text = services.scripts[player.name](observation, choices or (), rng)
+            script: Script | None = services.scripts.get(player.name)
+            if script is None:
+                script = resolve("script", player.name, dict.fromkeys(services.scripts, ""))
+            text = script(observation, choices or (), rng)
             tier = Tier.SCRIPT
         choice = list(choices).index(text) if choices is not None and text in choices else None
         if choices is not None and choice is None:
