@@ -41,7 +41,7 @@ def learning_curve(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     whole = max(run["updates_per_round"] for run in runs)
     shortest = min(len(run["curve"]["update"]) for run in runs)
     # whole rounds of task types only: types differ in how hard they are
-    window = min(shortest, whole * max(1, round(shortest / 10 / whole)))
+    window = min(shortest, whole * max(1, round(shortest / 6 / whole)))
     pattern = re.compile(r"play/(.+)/accuracy")
     models = sorted({m[1] for run in runs for name in run["curve"] if (m := pattern.fullmatch(name))})
     with mpl.rc_context(_STYLE):
