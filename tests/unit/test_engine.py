@@ -202,3 +202,24 @@ def test_uniform_numbers_are_uniform_and_streams_differ() -> None:
     assert len(set(numbers)) == len(numbers)
     counts = [sum(d / 10 <= n < (d + 1) / 10 for n in numbers) for d in range(10)]
     assert min(counts) > 850
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_breaks_leaves_nothing_half_computed(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """Out of memory, or Ctrl-C in the middle of a pass: later requests find neither its keys nor a stopped engine."""
+    request = GenerateRequest(_prompt(7), A0, seed=1, max_tokens=4)
+    expected = _ask(engine, [request])
+    engine.cache.clear()
+
+    def broken(*arguments: object) -> torch.Tensor:
+        raise kind
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.base, "hidden", broken)
+        with pytest.raises(kind):
+            _ask(engine, [request])
+    made = asyncio.run(asyncio.wait_for(engine.generate(request), 30))
+    assert made.token_ids == expected[0].token_ids
+    assert made.logprobs == expected[0].logprobs

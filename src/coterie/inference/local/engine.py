@@ -168,14 +168,24 @@ class LocalEngine:
         try:
             self._step()
         except Exception as error:  # noqa: BLE001 - every waiting coroutine must learn of it
-            failed, self._runs = self._runs, []
+            failed = self._abandon()
             for run in failed:
                 if not run.future.done():
                     run.future.set_exception(error)
+        except BaseException:  # Ctrl-C: whoever asked goes with the event loop
+            self._abandon()
+            self._stepping = False
+            raise
         if self._runs:
             self._wait_until_quiet(len(self._runs), _QUIET_ROUNDS)
         else:
             self._stepping = False
+
+    def _abandon(self) -> list[_Run]:
+        """Forget all runs and the cache: a broken pass has taken slots that it never filled."""
+        runs, self._runs = self._runs, []
+        self.cache.clear()
+        return runs
 
     def _step(self) -> None:
         """Bring every waiting run forward by one token (several where tokens are forced)."""
