@@ -125,6 +125,12 @@ class EvaluationConfig(Section):
     until: dict[str, float] = Field(default_factory=dict)
     """Training ends early once each of these exact metrics has reached its value, for example success = 0.99."""
 
+    @model_validator(mode="after")
+    def _measured(self) -> EvaluationConfig:
+        if self.until and not self.every:
+            raise ValueError("until needs exact metrics while training; set every to 1 or more")
+        return self
+
 
 class RunFolderConfig(Section):
     """Where the run is kept."""

@@ -32,7 +32,7 @@ from coterie.rollout.table import Ask, TableServices, stable_seed
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
 from coterie.runs.store import Store
-from coterie.scenarios.base import HasScripts, build_scenario
+from coterie.scenarios.base import ExactlyMeasured, HasScripts, build_scenario
 from coterie.types import AdapterVersion, Episode, FailedEpisode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class MultiModelEnvironment:
         self.observer: Observer = observer or Silent()
         self.run_dir = run_dir
         self.scenario = build_scenario(config.scenario.id, config.scenario.options)
+        if config.evaluation.until and not isinstance(self.scenario, ExactlyMeasured):
+            raise ConfigError(f"evaluation.until: scenario {config.scenario.id!r} has no exact metrics; leave it out")
         self.mode = build_mode(config.mode)
         self.credit = build_credit(config.credit, config.mode)
         self.calibration = Calibration()

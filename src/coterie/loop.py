@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from coterie.config import RunConfig
 from coterie.credit.base import Credit
-from coterie.errors import CoterieError, ScenarioError
+from coterie.errors import ConfigError, CoterieError, ScenarioError, nearest
 from coterie.evaluation import Evaluator
 from coterie.inference.base import Engine
 from coterie.models import LoRAModel
@@ -89,11 +89,13 @@ class TrainingLoop:
 
         Raises what playing raises, after saving the updates done so far.
         """
+        if self.update and self._reached(await self._exact()):
+            return True
         while self.update < until and not self.stopping:
             record = await self.step()
             if self.update % self.config.run.checkpoint_every == 0:
                 self._save()
-            if self._reached(record):
+            if self._reached(record.metrics):
                 self.observer.note(f"target reached after update {self.update}: {self.config.evaluation.until}")
                 until = self.update
         self._save()
@@ -157,7 +159,7 @@ class TrainingLoop:
         metrics["learn/naive_tokens"] = float(stats.naive_tokens)
         every = self.config.evaluation.every
         if every and number % every == 0:
-            metrics.update({f"exact/{name}": value for name, value in (await self.evaluator.exact()).items()})
+            metrics.update(await self._exact())
         for model in self.models:
             model.performance_history.extend(p for p in performances if p.model_id == model.model_id)
         started, played, learned = times
@@ -174,9 +176,22 @@ class TrainingLoop:
             self.save(self.update)
             self._saved = self.update
 
-    def _reached(self, record: UpdateRecord) -> bool:
+    async def _exact(self) -> dict[str, float]:
+        """The scenario's exact metrics by their full names; nothing where the config does not ask for them."""
+        if not self.config.evaluation.every:
+            return {}
+        return {f"exact/{name}": value for name, value in (await self.evaluator.exact()).items()}
+
+    def _reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether every target is met. Raises `ConfigError` for a target the scenario does not measure."""
         until = self.config.evaluation.until
-        return bool(until) and all(record.metrics.get(f"exact/{name}", -1.0) >= v for name, v in until.items())
+        known = {name.removeprefix("exact/") for name in metrics if name.startswith("exact/")}
+        if not until or not known:
+            return False
+        for name in until:
+            if name not in known:
+                raise ConfigError(f"evaluation.until: no exact metric {name!r} here{nearest(name, known)}")
+        return all(metrics[f"exact/{name}"] >= value for name, value in until.items())
 
     def _check_failures(self, number: int, episodes: Sequence[Episode], failed: Sequence[FailedEpisode]) -> None:
         total = len(episodes) + len(failed)
