@@ -58,6 +58,7 @@ class RolloutConfig(Section):
     group_size: int = Field(default=16, ge=1)
     """Episodes of each task in an update; group-relative credit compares them."""
     temperature: float = Field(default=1.0, gt=0, le=10)
+    """Of sampling in training; evaluation is greedy."""
     withhold: float = Field(default=0.2, ge=0, lt=1)
     """Share of episodes in which a speaker's advice is not delivered; measures cooperation_score."""
     rotate_seats: bool = False
@@ -74,6 +75,7 @@ class CreditConfig(Section):
     scheme: str = "auto"
     """group_relative, moving_average, team_structured, "module:attr", or auto: what fits the mode."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """The scheme's own settings, checked by the scheme."""
 
 
 class LearnerConfig(Section):
@@ -84,7 +86,9 @@ class LearnerConfig(Section):
     passes: int = Field(default=1, ge=1)
     """Passes over each update's episodes."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """With loss clipped: the ratio's lower bound is 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
+    """With loss clipped: the ratio's upper bound is 1 + clip_high."""
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Weight of the mean entropy of the sampling policy, in reward units per nat."""
     kl_coefficient: float = Field(default=0.0, ge=0)
@@ -92,6 +96,7 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Of each policy's whole gradient."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW, decoupled; pulls the adapter towards the base."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW; shorter memory than usual, because runs are short."""
     warmup_updates: int = Field(default=0, ge=0)
@@ -147,11 +152,14 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = "run"
+    """Names the run folder when none is given."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of everything random: adapters, tasks, sampling."""
     mode: TrainingMode = TrainingMode.COOPERATIVE
     updates: int = Field(default=50, ge=0)
     """Optimizer updates of every policy."""
     max_models: int = Field(default=10, ge=1)
+    """Most models a run may have; a guard against training more than was meant."""
     preset: str | None = None
     """A named group of models instead of [[models]]."""
     models: tuple[ModelConfig, ...] = ()

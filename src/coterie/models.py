@@ -32,11 +32,13 @@ class ModelConfig(BaseModel):
     """Base model; None: the run's. All policies of a run share one base."""
     role: ModelRole = ModelRole.NEUTRAL
     lora_rank: int = Field(default=8, ge=1, le=512)
+    """Rank of the adapter's matrices; models of one run may differ."""
     lora_alpha: float = Field(default=16.0, gt=0)
     """Adapter output is scaled by alpha / rank."""
     learning_rate: float = Field(default=8e-4, gt=0, le=1.0)
     """Of AdamW, per update; the default suits rank 8, a 135M base, short answers and some dozens of updates."""
     team_id: str | None = None
+    """Models of one team share advice and, in a team battle, reward; None: on its own."""
     specialization: str = ""
     """Free text for the prompt: what this model is good at."""
 

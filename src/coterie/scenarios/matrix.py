@@ -74,6 +74,7 @@ class MatrixOptions(ScenarioOptions):
     labels: tuple[str, ...] | None = None
     """Words the actions are shown as, for both seats alike; None: neutral built-in ones (up to eight actions)."""
     rounds: int = Field(default=1, ge=1, le=20)
+    """Times the game is played in one episode."""
     memory: int = Field(default=1, ge=0, le=8)
     """Past rounds a seat is shown; matters from the second round on."""
     reward_pool: float = Field(default=1.0, gt=0, allow_inf_nan=False)
