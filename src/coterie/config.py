@@ -34,7 +34,7 @@ class BaseConfig(Section):
     device: str = "auto"
     """auto: CUDA when there is one, else CPU."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0: all cores this process may use."""
+    """CPU threads; 0: what OMP_NUM_THREADS says, or else all cores this process may use."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get an adapter."""
     lora_layers: float = Field(default=1.0, gt=0, le=1)

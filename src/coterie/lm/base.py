@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,6 +74,15 @@ def native_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def _set_threads(wanted: int) -> None:
+    """`wanted` threads, or what OMP_NUM_THREADS says, or every core this process may use."""
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif "OMP_NUM_THREADS" not in os.environ and sys.platform == "linux":
+        # torch counts the machine's cores; a container or taskset may give fewer
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
     """Load the base model a config names.
 
@@ -83,7 +93,7 @@ def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
     if device.type == "cpu":
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        _set_threads(config.threads)
     path = resolve_base(config.model, allow_download=allow_download)
     if config.dtype == "auto":
         dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
