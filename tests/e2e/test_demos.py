@@ -71,7 +71,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, arguments: list[str], code:
 
 def test_a_base_that_is_not_there_is_told_before_anything_long(capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script("demo/multi_model_single_env_simple.py")
-    with pytest.raises(BaseModelError, match="base model './nowhere': no such directory"):
+    with pytest.raises(BaseModelError, match=r"base model '\./nowhere': no such directory"):
         script.main(["--base", "./nowhere"])
     assert "cycle 1" not in capsys.readouterr().out
 
