@@ -120,6 +120,46 @@ class EngineConfig(Section):
     """Training tasks looked at to find that bias."""
 
 
+class ServerConfig(Section):
+    """One vLLM-compatible server."""
+
+    url: str
+    """http://host:port, with or without /v1."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's API key; the key itself never stands in a config."""
+    paths: dict[str, str] = Field(default_factory=dict)
+    """Our directory = the same directory as this server sees it; for adapters on a shared file system."""
+
+
+class InferenceConfig(Section):
+    """Where turns come from."""
+
+    tiers: tuple[Literal["camel", "http", "local", "simulated"], ...] = ("camel", "http", "local", "simulated")
+    """In order of preference. camel and http need servers; camel needs the extra of that name; simulated turns never
+    train."""
+    servers: tuple[ServerConfig, ...] = ()
+    """vLLM-compatible servers; none: the engine inside the process generates."""
+    policy: Literal["power_of_two", "least_loaded", "round_robin", "random", "prefix"] = "power_of_two"
+    """How a server is picked among the healthy ones that hold the adapter version."""
+    max_in_flight: int = Field(default=64, ge=1)
+    """Calls a server is given at once; more wait here."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds for one call, waiting for the server included."""
+    poll_every_s: float = Field(default=5.0, gt=0)
+    """Seconds between looks at every server's health and load."""
+    staleness: int = Field(default=0, ge=0)
+    """Updates by which an episode's adapter versions may lag behind the learner; 0: rollout and learning alternate,
+    more: the next episodes are played while the learner works."""
+    quorum: float = Field(default=0.5, gt=0, le=1)
+    """Share of the healthy servers that must hold a new version before it is used; the others leave the pool until
+    they do."""
+    canary_tolerance: float = Field(default=0.1, gt=0)
+    """Largest mean absolute difference, in nats a token, between a server's log-probabilities and the learner's at
+    which a new version counts as served right."""
+    ratio_cap: float = Field(default=2.0, ge=1)
+    """Of truncated importance sampling, which corrects for servers whose probabilities differ from the learner's."""
+
+
 class EvaluationConfig(Section):
     """Measuring on held-out tasks."""
 
@@ -169,6 +209,7 @@ class RunConfig(Section):
     credit: CreditConfig = CreditConfig()
     learner: LearnerConfig = LearnerConfig()
     engine: EngineConfig = EngineConfig()
+    inference: InferenceConfig = InferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunFolderConfig = RunFolderConfig()
 
