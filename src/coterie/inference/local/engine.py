@@ -27,6 +27,7 @@ from coterie.inference.local.sampler import (
     sample_vocabulary,
     scaled_logprobs,
     uniform,
+    vocabulary_entropy,
 )
 from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass
 from coterie.lm.attention import CachePlan
@@ -299,19 +300,20 @@ class LocalEngine:
         for run, row in zip(heads, logits, strict=True):
             for token, value in (run.request.bias or {}).items():
                 row[token] += value
-        temperatures = torch.tensor([run.request.temperature or 1.0 for run in heads], device=logits.device)
-        logprobs = (logits / temperatures[:, None]).log_softmax(-1)
-        entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
-        rows, members = [], []
-        for number, group in enumerate(groups.values()):
-            rows.extend([number] * len(group))
-            members.extend(group)
-        tokens, chosen = sample_vocabulary(
-            logprobs[torch.tensor(rows, device=logits.device)],
-            [uniform(run.request.seed, len(run.tokens)) for run in members],
-            [run.request.temperature == 0 for run in members],
-        )
-        for run, number, token, logprob in zip(members, rows, tokens, chosen, strict=True):
+        temperatures = [run.request.temperature or 1.0 for run in heads]
+        if any(temperature != 1.0 for temperature in temperatures):
+            logits /= torch.tensor(temperatures, device=logits.device)[:, None]
+        probs = logits.softmax(-1)
+        entropy = vocabulary_entropy(logits, probs).tolist()
+        members = [run for group in groups.values() for run in group]
+        rows = [number for number, group in enumerate(groups.values()) for _ in group]
+        at = torch.tensor(rows, device=logits.device)
+        tokens = sample_vocabulary(probs, at, [uniform(run.request.seed, len(run.tokens)) for run in members])
+        if any(run.request.temperature == 0 for run in members):
+            greedy = torch.tensor([run.request.temperature == 0 for run in members], device=logits.device)
+            tokens = torch.where(greedy, logits.argmax(-1).index_select(0, at), tokens)
+        chosen = probs[at, tokens].log().tolist()
+        for run, number, token, logprob in zip(members, rows, tokens.tolist(), chosen, strict=True):
             self._advance(run, token, logprob, entropy[number], None)
 
     def _advance(self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None) -> None:
@@ -323,7 +325,7 @@ class LocalEngine:
             run.trie = run.trie.children[token]
             if run.trie.final:
                 return
-        run.node = run.node.child(token)
+        run.node = run.node.answer(token)
 
     def _skip_forced(self, run: _Run) -> None:
         """Walk through tokens that have no alternative; they need no logits."""
