@@ -131,6 +131,8 @@ class WireReply:
     prompt_ids: tuple[int, ...] | None = None
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    """Of each prompt id after the first, at temperature 1, where asked for with extra {"prompt_logprobs": 0}."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
