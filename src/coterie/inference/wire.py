@@ -118,6 +118,9 @@ class WireRequest:
     """Added to these ids' logits before temperature."""
     capture: bool = True
     """Whether token ids and log-probabilities must come back; without them nothing can be trained."""
+    top: int = 0
+    """How many of the likeliest tokens' log-probabilities must come back at every step (`WireReply.top_logprobs`);
+    servers give 20 at most unless started with a larger --max-logprobs."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More body fields, as they are (tools, response_format, structured_outputs, …)."""
 
