@@ -37,7 +37,7 @@ class FaultKind(StrEnum):
     REJECTED = "rejected"
 
 
-class ServerFault(EngineError):
+class ServerFault(EngineError):  # noqa: N818 - a fault is what the table above names
     """One failed call to one server. Never holds a key or a prompt."""
 
     def __init__(
