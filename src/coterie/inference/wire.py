@@ -136,6 +136,8 @@ class WireReply:
     logprobs: tuple[float, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
     """Of each prompt id after the first, at temperature 1, where asked for with extra {"prompt_logprobs": 0}."""
+    top_logprobs: tuple[Mapping[int, float], ...] | None = None
+    """For each token, token id -> log-probability of the likeliest ids at that step and of the sampled one."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
