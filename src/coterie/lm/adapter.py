@@ -118,6 +118,5 @@ class Adapter:
                 shape.a(self.flat, self.rank).copy_(values)
 
 
-
 Segment = tuple[Adapter, int, int]
 """Packed tokens [start, end) go through this adapter."""

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from coterie.config import BaseConfig
 from coterie.errors import BaseModelError
 from coterie.lm import attention
-from coterie.lm.attention import Plan
 from coterie.lm.adapter import Segment
+from coterie.lm.attention import Plan
 from coterie.lm.bank import AdapterBank
 from coterie.lm.chat import TokenizerChat
 from coterie.lm.embedded import resolve_base

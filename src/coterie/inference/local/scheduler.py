@@ -99,7 +99,11 @@ def attention_rows(nodes: Sequence[Node]) -> list[Row]:
         chains[head].append(i)
         ends[head] = node
     return [
-        Row(chain, ends[head].slots(), ends[head].trunk if len(chain) == 1 and id(ends[head].trunk) not in index else None)
+        Row(
+            chain,
+            ends[head].slots(),
+            ends[head].trunk if len(chain) == 1 and id(ends[head].trunk) not in index else None,
+        )
         for head, chain in chains.items()
     ]
 
