@@ -223,3 +223,53 @@ def test_a_pass_that_breaks_leaves_nothing_half_computed(
     made = asyncio.run(asyncio.wait_for(engine.generate(request), 30))
     assert made.token_ids == expected[0].token_ids
     assert made.logprobs == expected[0].logprobs
+
+
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 57, 30, 12)], ids=["equal prompts", "prompts of all lengths"])
+def test_siblings_that_share_a_prompt_get_the_probabilities_of_those_that_do_not(
+    tiny_base: BaseModel, engine: LocalEngine, lengths: Sequence[int]
+) -> None:
+    requests = [
+        GenerateRequest(_prompt(n, length), (A0, B0, None)[n % 3], seed=10 * n + k, max_tokens=6, temperature=0.9)
+        for n, length in enumerate(lengths)
+        for k in range(3)
+    ]
+    for request, made in zip(requests, _ask(engine, requests), strict=True):
+        assert list(made.logprobs) == pytest.approx(_reference(tiny_base, request, made), abs=2e-4)
+
+
+def test_many_adapters_with_short_segments_are_applied_as_one_would_be(tiny_base: BaseModel) -> None:
+    names = [f"m{n}" for n in range(20)]
+    for number, name in enumerate(names):
+        # ranks of two pools, one of them longer than a pool
+        adapter = tiny_base.bank.add(name, 3 if number == 5 else 4, 8.0 + number, number)
+        with torch.no_grad():
+            adapter.flat.add_(0.1 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(number)))
+    engine = LocalEngine(tiny_base)
+    requests = [
+        GenerateRequest(_prompt(n, 5 + n % 4), AdapterVersion(names[n % 20], 0), seed=n, max_tokens=4)
+        for n in range(44)
+    ]
+    requests.append(GenerateRequest(_prompt(50), None, seed=1, max_tokens=4))
+    for request, made in zip(requests, _ask(engine, requests), strict=True):
+        assert list(made.logprobs) == pytest.approx(_reference(tiny_base, request, made), abs=2e-4)
+
+
+def test_an_adapter_taken_out_leaves_its_place_clean(tiny_base: BaseModel) -> None:
+    first = tiny_base.bank.add("first", 4, 8.0, 0)
+    with torch.no_grad():
+        first.flat.fill_(1.0)
+    tiny_base.bank.remove("first")
+    second = tiny_base.bank.add("second", 4, 8.0, 0)
+    assert second.row == first.row
+    assert not any(second.b[shape.name].any() for shape in second.shapes)
+
+
+def test_in_another_dtype_weights_are_copied_again_after_they_changed(tiny_base: BaseModel) -> None:
+    adapter = tiny_base.bank.add("half", 2, 2.0, 0)
+    name = adapter.shapes[0].name
+    before = adapter.factors(torch.bfloat16)[name][1].clone()
+    with torch.no_grad():
+        adapter.flat.add_(1.0)
+    adapter.touch()
+    assert not torch.equal(adapter.factors(torch.bfloat16)[name][1], before)

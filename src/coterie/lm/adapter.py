@@ -36,6 +36,9 @@ class Shape:
         return flat[start : start + rank * self.fan_out].view(self.fan_out, rank)
 
 
+Factors = tuple[Tensor, Tensor]
+
+
 class AdapterPool:
     """Room for a few adapters of one rank, side by side."""
 
@@ -58,8 +61,7 @@ class AdapterPool:
 
     def take(self) -> int:
         """A row of zeros."""
-        row = self._free.pop()
-        return row
+        return self._free.pop()
 
     def give_back(self, row: int) -> None:
         self.weights[row].zero_()
@@ -103,6 +105,23 @@ class Adapter:
                     leaf.grad = view(self.grad, rank)
                 store[shape.name] = leaf
 
+        self._cast: tuple[torch.dtype, dict[str, Factors]] | None = None
+
+    def factors(self, dtype: torch.dtype) -> dict[str, Factors]:
+        """A (rank, in) and B transposed (rank, out) of every layer, without gradient, in the base's `dtype`.
+
+        In float32 these are views; in another type copies, kept until `touch`.
+        """
+        if self._cast is None or self._cast[0] != dtype:
+            flat = self.flat.detach().to(dtype)
+            self._cast = dtype, {s.name: (s.a(flat, self.rank), s.b(flat, self.rank).t()) for s in self.shapes}
+        return self._cast[1]
+
+    def touch(self) -> None:
+        """The weights changed: copies of them are forgotten."""
+        if self._cast is not None and self._cast[0] != self.flat.dtype:
+            self._cast = None
+
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
@@ -116,6 +135,7 @@ class Adapter:
                 bound = 1 / math.sqrt(shape.fan_in)
                 values = torch.empty(self.rank, shape.fan_in).uniform_(-bound, bound, generator=generator)
                 shape.a(self.flat, self.rank).copy_(values)
+        self.touch()
 
 
 Segment = tuple[Adapter, int, int]

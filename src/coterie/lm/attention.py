@@ -152,7 +152,7 @@ class CachePlan:
         pool_v.index_copy_(1, self.slots, v.transpose(0, 1))
         kv_heads = k.shape[1]
         # (T, heads, dim) -> (kv, T, group, dim): the query heads of one key head lie side by side
-        grouped = q.unflatten(1, (kv_heads, -1)).transpose(0, 1) * scale
+        grouped = q.view(len(q), kv_heads, -1, q.shape[2]).transpose(0, 1) * scale
         outputs = [_attend(bucket, grouped, pool_k, pool_v) for bucket in self.buckets]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return out if self.order is None else out.index_select(0, self.order)

@@ -118,8 +118,8 @@ class BankLinear(nn.Module):
         """The same sum for (T, in) tokens, without autograd's bookkeeping and with short segments batched."""
         out = nn.functional.linear(x, self.weight, self.bias)
         for adapter, start, end in self.route.single:
-            h = nn.functional.linear(x[start:end], adapter.a[self.name].to(x.dtype))
-            out[start:end].addmm_(h, adapter.b[self.name].to(x.dtype).t(), alpha=adapter.scaling)
+            a, b_t = adapter.factors(x.dtype)[self.name]
+            out[start:end].addmm_(nn.functional.linear(x[start:end], a), b_t, alpha=adapter.scaling)
         for group in self.route.batched:
             count = group.scaling.shape[0]
             a = group.pool.a(self.name, group.first, count).to(x.dtype)

@@ -34,6 +34,7 @@ from coterie.lm.attention import CachePlan
 from coterie.lm.base import BaseModel
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
+_FORBIDDEN = -1e30
 _QUIET_ROUNDS = 3
 """Turns of the event loop without a new request after which a step starts."""
 
@@ -299,12 +300,12 @@ class LocalEngine:
         logits = self.base.logits(torch.stack([run.node.hidden for run in heads if run.node.hidden is not None]))
         for run, row in zip(heads, logits, strict=True):
             for token, value in (run.request.bias or {}).items():
-                row[token] += value
+                # a finite floor forbids as well as -inf does, and keeps 0 * z out of NaN
+                row[token] += max(value, _FORBIDDEN)
         temperatures = [run.request.temperature or 1.0 for run in heads]
         if any(temperature != 1.0 for temperature in temperatures):
             logits /= torch.tensor(temperatures, device=logits.device)[:, None]
         probs = logits.softmax(-1)
-        entropy = vocabulary_entropy(logits, probs).tolist()
         members = [run for group in groups.values() for run in group]
         rows = [number for number, group in enumerate(groups.values()) for _ in group]
         at = torch.tensor(rows, device=logits.device)
@@ -313,6 +314,8 @@ class LocalEngine:
             greedy = torch.tensor([run.request.temperature == 0 for run in members], device=logits.device)
             tokens = torch.where(greedy, logits.argmax(-1).index_select(0, at), tokens)
         chosen = probs[at, tokens].log().tolist()
+        firsts = torch.tensor([rows.index(number) for number in range(len(heads))], device=logits.device)
+        entropy = vocabulary_entropy(logits, probs, tokens.index_select(0, firsts)).tolist()
         for run, number, token, logprob in zip(members, rows, tokens.tolist(), chosen, strict=True):
             self._advance(run, token, logprob, entropy[number], None)
 

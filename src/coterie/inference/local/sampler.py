@@ -43,15 +43,15 @@ _CHUNK = 256
 """Tokens whose probabilities are summed before one of them is looked for."""
 
 
-def vocabulary_entropy(logits: Tensor, probs: Tensor) -> Tensor:
-    """Entropy in nats (n,) of rows of scaled logits (n, vocabulary) with probabilities `probs`.
+def vocabulary_entropy(logits: Tensor, probs: Tensor, at: Tensor) -> Tensor:
+    """Entropy in nats (n,) of rows of finite scaled logits (n, vocabulary) with probabilities `probs`.
 
-    H = log Z - sum p z: two passes over the rows, where -sum p log p takes a logarithm of every one.
+    H = log Z - sum p z: one pass over the rows, where -sum p log p takes a logarithm of every entry. `at` (n,) is a
+    token of each row that has some probability; log Z = z - log p is read there.
     """
-    best, at = logits.max(-1)
-    log_z = best - probs.gather(-1, at[:, None])[:, 0].log()
-    expected = torch.bmm(probs[:, None], logits.nan_to_num(neginf=0.0)[:, :, None])[:, 0, 0]
-    return log_z - expected
+    where = at[:, None]
+    log_z = logits.gather(-1, where)[:, 0] - probs.gather(-1, where)[:, 0].log()
+    return log_z - torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0]
 
 
 def sample_vocabulary(probs: Tensor, rows: Tensor, uniforms: list[float]) -> Tensor:
