@@ -9,8 +9,9 @@ Little's law X = L / R, so the mean latency R of calls sent while L were kept in
     hold     at the knee, which two measurements give: below it X = L / R, above it X is flat; now and then look up,
              and measure anew when latency has doubled
 
-A measurement is the mean over a cohort: the first max(L, 8) calls *sent* at L, all of them awaited, because the first
-to *finish* are the short ones. Only calls sent while the server was full count: what is never full needs no limit.
+A measurement is taken of a cohort: the first max(L, 8) calls *sent* at L, all of them awaited, because the first to
+*finish* are the short ones. Each counts with the calls under way when it was sent: those that fill a limit just raised
+meet shorter queues. Only calls sent while the server was at least half full count: what is never full needs no limit.
 After the idea of Netflix's concurrency-limits (Vegas, Gradient2), which watch latency alone; a batching GPU answers
 more slowly and yet does more, so throughput decides here.
 """
@@ -36,12 +37,13 @@ class _Phase(StrEnum):
     HOLD = "hold"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Sent:
     """A call under way, as a limit saw it leave."""
 
     cohort: int | None
     """None: not measured."""
+    in_flight: int
 
 
 class Limit:
@@ -51,10 +53,14 @@ class Limit:
         self.most = most
         self.value = min(FIRST, most)
         self._phase = _Phase.GROW
-        self._known: tuple[int, float] | None = None
-        """The limit last measured and its throughput, which the next is compared with."""
+        self.pace: float | None = None
+        """Seconds between answers, when last measured: a call behind n others is done no sooner than (n + 1) of it."""
+        self._known: tuple[float, float] | None = None
+        """Calls under way when last measured and answers a second then, which the next is compared with."""
         self._held_latency: float | None = None
         self._held_cohorts = 0
+        self._first = False
+        """Whether the step being measured is the first from where growing began."""
         self._cohort = 0
         self._begin()
 
@@ -64,15 +70,17 @@ class Limit:
         self._open = 0
         self._seconds = 0.0
         self._weight = 0.0
+        self._answered = 0
+        self._in_flight = 0
 
     def sent(self, in_flight: int) -> Sent:
         """A call leaves; `in_flight` counts it. Give the result to `done` or `dropped`."""
         # a limit just doubled is filled within the instant, so half full counts as full
         if self._wanted == 0 or 2 * in_flight <= self.value:
-            return Sent(None)
+            return Sent(None, in_flight)
         self._wanted -= 1
         self._open += 1
-        return Sent(self._cohort)
+        return Sent(self._cohort, in_flight)
 
     def done(self, sent: Sent, latency_s: float, weight: float) -> None:
         """That call was answered after `latency_s`; `weight` is its size."""
@@ -80,6 +88,8 @@ class Limit:
             self._open -= 1
             self._seconds += latency_s
             self._weight += weight
+            self._answered += 1
+            self._in_flight += sent.in_flight
             self._end_cohort()
 
     def dropped(self, sent: Sent) -> None:
@@ -109,44 +119,47 @@ class Limit:
         if self._wanted or self._open:
             return
         if self._weight > 0 and self._seconds > 0:
-            self._judge(self._seconds / self._weight)
+            # the units of weight are the caller's: as many seconds as a call of weight 1 takes
+            self._judge(self._in_flight / self._answered, self._seconds / self._weight)
         self._begin()
 
-    def _judge(self, latency: float) -> None:
-        """`latency`: mean seconds of a call of weight 1 at the present limit."""
-        rate = self.value / latency
+    def _judge(self, load: float, latency: float) -> None:
+        """`load`: mean calls under way; `latency`: mean seconds of a call of weight 1 then."""
+        rate = load / latency
+        self.pace = 1 / rate
         if self._phase is _Phase.HOLD:
-            self._hold(latency, rate)
+            self._hold(load, latency)
         elif self._phase is _Phase.GROW:
-            self._grow(rate)
+            self._grow(load, rate)
         else:
-            self._shrink(rate)
+            self._shrink(load, rate)
 
-    def _grow(self, rate: float) -> None:
-        before, self._known = self._known, (self.value, rate)
-        if before is None or rate >= before[1] * (self.value / before[0]) ** ELASTICITY:
+    def _grow(self, load: float, rate: float) -> None:
+        before, self._known = self._known, (load, rate)
+        if before is None or rate >= before[1] * (load / before[0]) ** ELASTICITY:
             if self.value == self.most:
                 self._settle(self.most)
             else:
                 self.value = min(2 * self.value, self.most)
-        elif before[0] == min(FIRST, self.most) and before[0] > 1:
+        elif self._first and before[0] > 1:
             # the first step already gained nothing: the knee may lie below the beginning
             self._known = before
-            self.value = max(1, before[0] // 2)
+            self.value = max(1, int(before[0]) // 2)
             self._phase = _Phase.SHRINK
         else:
             self._settle(_knee(before, rate, self.value))
+        self._first = before is None
 
-    def _shrink(self, rate: float) -> None:
+    def _shrink(self, load: float, rate: float) -> None:
         assert self._known is not None
         above, above_rate = self._known
-        if above_rate < rate * (above / self.value) ** ELASTICITY and self.value > 1:
-            self._known = (self.value, rate)
-            self.value = max(1, self.value // 2)
+        if above_rate < rate * (above / load) ** ELASTICITY and self.value > 1:
+            self._known = (load, rate)
+            self.value //= 2
         else:
-            self._settle(_knee((self.value, rate), above_rate, above))
+            self._settle(_knee((load, rate), above_rate, int(above)))
 
-    def _hold(self, latency: float, rate: float) -> None:
+    def _hold(self, load: float, latency: float) -> None:
         if self._held_latency is None:
             self._held_latency = latency
         self._held_cohorts += 1
@@ -155,11 +168,13 @@ class Limit:
             self._phase = _Phase.GROW
         elif self._held_cohorts >= LOOK_UP_EVERY and self.value < self.most:
             self._held_cohorts = 0
-            self._known = (self.value, rate)
+            self._known = (load, load / latency)
+            self._first = False
             self._phase = _Phase.GROW
             self.value = min(self.most, self.value + max(1, self.value // 2))
 
 
-def _knee(below: tuple[int, float], rate: float, above: int) -> int:
+def _knee(below: tuple[float, float], rate: float, above: int) -> int:
     """Where X = L / R through `below` meets the flat `rate` measured at `above`, and a little more."""
-    return int(max(below[0], min(above, HEADROOM * below[0] * rate / below[1])))
+    load, below_rate = below
+    return int(max(load, min(above, HEADROOM * load * rate / below_rate)))
