@@ -126,6 +126,7 @@ class RemoteEngine:
             del self._known[point]
 
     async def close(self) -> None:
+        await self._trust.close()
         await self.transport.close()
         await self.fleet.close()
 
@@ -296,7 +297,10 @@ class RemoteEngine:
         shown = point.adapter.model_id if point.adapter is not None else "base"
         records = Attempts(self._calls, self.tier, shown, point.adapter, len(point.prompt_ids), self.goes_on)
 
+        asked_of: list[ServerSpec] = []
+
         async def call(server: ServerSpec, remaining_s: float) -> WireReply:
+            asked_of[:] = [server]
             await self._trust.need(server)
             asked = wire if name else replace(wire, model=await fleet.base(server))
             reply = replace(await self.transport.call(server, asked, remaining_s), server=server.name)
@@ -308,7 +312,7 @@ class RemoteEngine:
         def failed(server: ServerSpec, fault: ServerFault, seconds: float) -> None:
             records.failed(server, fault, seconds)
             if fault.kind is FaultKind.UNAUTHORIZED:
-                fleet.refused[server.name] = str(fault)
+                self._trust.refuse(server, str(fault))
             elif fault.kind in (FaultKind.CONNECTION, FaultKind.MISSING):
                 fleet.forget(server.name)
                 self._trust.forget(server.name)
@@ -328,7 +332,7 @@ class RemoteEngine:
                 records.unfit(error.server, error)
                 # through a chat transport the fault may be the transport's, and the server serve other tiers well
                 if not self._chat:
-                    fleet.refuse(error.server, str(error))
+                    self._trust.refuse(asked_of[0], str(error))
                     if fleet.pool.healthy():
                         continue
                 records.given_up(error)
