@@ -125,9 +125,14 @@ class RemoteEngine:
         for point in [point for point in self._known if point.adapter == version]:
             del self._known[point]
 
-    async def close(self) -> None:
+    async def rest(self) -> None:
+        """Let go of connections, before an event loop ends and another goes on; a later call opens others."""
         await self._trust.close()
         await self.transport.close()
+        await self.fleet.rest()
+
+    async def close(self) -> None:
+        await self.rest()
         await self.fleet.close()
 
     async def detect(self) -> None:
@@ -283,6 +288,7 @@ class RemoteEngine:
     ) -> WireReply:
         """Ask any server that can be trusted, and tell the records how it went."""
         fleet, name = self.fleet, self.fleet.name(point.adapter)
+        self._trust.keep_looking()
         wire = WireRequest(
             model=name or "",
             max_tokens=max_tokens,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coterie.errors import EngineError
+from coterie.errors import CoterieError, EngineError
 from coterie.inference.attempts import Attempts
 from coterie.inference.calls import CallRecord, CallSink
 from coterie.inference.fleet import Fleet
@@ -133,6 +133,7 @@ class RemoteSpeaker:
         """See `Speaker.detect`."""
         if self._needs is not None and find_spec(self._needs) is None:
             raise TierFailedError(f"{self._needs} is not installed; pip install 'coterie[{self.tier}]'")
+        await self._transport()
         pool, whys = self._fleet.pool, []
         await pool.start()
         for server in pool.servers():
@@ -231,7 +232,10 @@ class RemoteSpeaker:
 
     async def _transport(self) -> tuple[Transport, Stream | None]:
         if self._made is None:
-            made = await asyncio.to_thread(self._make)  # may import a large package
+            try:
+                made = await asyncio.to_thread(self._make)  # may import a large package
+            except (CoterieError, ImportError) as error:
+                raise TierFailedError(str(error)) from error
             self._made = self._made or made
         return self._made
 

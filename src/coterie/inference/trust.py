@@ -73,9 +73,17 @@ class Trust:
         """Take `server` out of the pool, and look every now and then whether it was mended."""
         self._fleet.refuse(server.name, why)
         self.forget(server.name)
-        task = self._winning_back.get(server.name)
-        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
-            self._winning_back[server.name] = asyncio.create_task(self._win_back(server))
+        self.keep_looking()
+
+    def keep_looking(self) -> None:
+        """See to it that, in this event loop too, refused servers are looked at now and then."""
+        if not self._fleet.refused:
+            return
+        for server in self._fleet.pool.servers():
+            task = self._winning_back.get(server.name)
+            idle = task is None or task.done() or task.get_loop() is not asyncio.get_running_loop()
+            if server.name in self._fleet.refused and idle:
+                self._winning_back[server.name] = asyncio.create_task(self._win_back(server))
 
     async def close(self) -> None:
         """Look no more."""
