@@ -137,7 +137,9 @@ class Member:
             mean = best
         silent_since = max(self.last_answer, self.busy_since)
         if self.in_flight:
-            return max(mean, now - silent_since)
+            # the mean lags behind a queue that has just grown
+            queued = (self.in_flight + self.foreign + 1) * (self.limit.pace or 0.0)
+            return max(mean, queued, now - silent_since)
         age = max(0.0, now - self.last_answer) if math.isfinite(self.last_answer) else 0.0
         return best + (mean - best) * math.exp(-age / FORGET_S)
 
