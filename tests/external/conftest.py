@@ -139,7 +139,7 @@ def trained(base_model: BaseModel, server_folder: Path) -> dict[AdapterVersion, 
         adapter = base_model.bank.training(version.model_id)
         noise = torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(number))
         with torch.no_grad():
-            adapter.flat.add_(0.02 * noise)
+            adapter.flat.add_(0.04 * noise)
         base_model.bank.publish(version)
         found[version] = server_folder / "adapters" / f"{version.model_id}-v{version.version}"
         save_adapter(adapter, found[version], base_model, version)

@@ -388,7 +388,8 @@ def test_an_agent_on_a_real_server_is_captured_and_its_tools_are_called(vllm: Se
             context=2048,
             timeout_s=240,
         )
-        answer = await ChatAgent("You are brief.", model=backend).astep("What is the capital of France?")
+        persona = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        answer = await ChatAgent(persona, model=backend).astep("What is the capital of France?")
         (call,) = backend.captured()
         assert "Paris" in answer.msgs[0].content
         assert len(call.logprobs) == len(call.token_ids) > 0

@@ -74,7 +74,7 @@ def test_choices_have_the_in_process_engines_probabilities_under_base_and_adapte
     vllm: ServerProcess, base_model: BaseModel, oracle: LocalEngine, trained: dict[AdapterVersion, Path]
 ) -> None:
     choices = colours(base_model)
-    bias = {choices[1][0]: 2.0}
+    bias = {choices[1][0]: 0.5}
 
     async def play() -> None:
         async with engine_on(vllm.spec, HttpTransport(), base_model) as engine:
