@@ -273,3 +273,34 @@ def test_in_another_dtype_weights_are_copied_again_after_they_changed(tiny_base:
         adapter.flat.add_(1.0)
     adapter.touch()
     assert not torch.equal(adapter.factors(torch.bfloat16)[name][1], before)
+
+
+def test_publishing_while_others_decode_changes_nothing_for_them(engine: LocalEngine) -> None:
+    request = GenerateRequest(_prompt(4), B0, seed=8, max_tokens=12, stop_ids=(10_000,))
+    (alone,) = _ask(engine, [request])
+
+    async def go() -> Generation:
+        asked = asyncio.ensure_future(engine.generate(request))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await engine.publish(AdapterVersion("a", 1), None)
+        return await asked
+
+    assert asyncio.run(go()).token_ids == alone.token_ids
+
+
+def test_a_kept_version_is_asked_for_while_the_learner_changes_the_weights(engine: LocalEngine) -> None:
+    bank = engine.base.bank
+    bank.keep(A0)
+    request = GenerateRequest(_prompt(4), A0, seed=8, max_tokens=6)
+    (before,) = _ask(engine, [request])
+    with torch.no_grad():
+        bank.training("a").flat.mul_(3.0)
+    bank.publish(AdapterVersion("a", 1))
+    engine.cache.clear()
+    (after,) = _ask(engine, [request])
+    assert after.logprobs == before.logprobs
+    assert bank.kept("a") == (A0,)
+    bank.drop(A0)
+    with pytest.raises(EngineError, match="a@v0"):
+        _ask(engine, [request])

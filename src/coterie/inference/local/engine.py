@@ -87,6 +87,8 @@ class LocalEngine:
             raise EngineError("the in-process engine shares the learner's weights; publish with adapter_dir=None")
         self.base.bank.publish(version)
         self.cache.clear()
+        for run in self._runs:  # what was computed for those on their way is gone with the rest
+            run.node = self.cache.node(run.request.adapter, (*run.request.prompt_ids, *run.tokens))
 
     async def close(self) -> None:
         for run in self._runs:
