@@ -32,7 +32,7 @@ from coterie.rollout.table import Ask, TableServices, stable_seed
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
 from coterie.runs.store import Store
-from coterie.scenarios.base import ExactlyMeasured, HasScripts, build_scenario
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, build_scenario
 from coterie.types import AdapterVersion, Episode, FailedEpisode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
@@ -179,11 +179,18 @@ class MultiModelEnvironment:
             self._base.bank.remove(model_id)
 
     def add_task(self, task: TrainingTask) -> None:
-        """Put a task into the user's queue; once it has one, training plays only the queue, over and over."""
+        """Put a task into the user's queue; once it has one, training plays only the queue, over and over.
+
+        Raises:
+            ConfigError: it needs more models than there may be.
+            ScenarioError: its content is not what the scenario can play; says which key, and what is expected.
+        """
         if task.required_models > self.config.max_models:
             raise ConfigError(
                 f"task {task.task_id!r} needs {task.required_models} models, but max_models is {self.config.max_models}"
             )
+        if isinstance(self.scenario, ChecksTasks):
+            self.scenario.check_task(task)
         self._own_tasks.append(task)
         self._seats_fit = False
         if self._loop is not None:

@@ -233,6 +233,17 @@ def test_a_task_that_needs_too_many_models_is_refused(make: MakeEnvironment) -> 
         env.run_training_cycle()
 
 
+def test_a_task_that_cannot_be_played_is_refused_when_it_is_queued(make: MakeEnvironment) -> None:
+    env = make("a", "b")
+    with pytest.raises(ScenarioError, match=r"task 'wrong', content of a classification task: form is None"):
+        env.add_task(own("wrong", content={"text": "The soup was awful."}))
+    assert env.get_environment_stats()["queued_tasks"] == 0
+    other = make("a", "b", scenario={"id": "signaling"})
+    with pytest.raises(ScenarioError, match=r"task 'wrong': content\['target'\] is 'sun'; it must be a number 0\.\.3"):
+        other.add_task(own("wrong", content={"target": "sun"}))
+    other.add_task(own("right", content={"target": 3}))
+
+
 def test_too_few_models_are_noticed_before_the_base_is_loaded(
     make: MakeEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, ScenarioError
 from coterie.modes.base import build_mode
 from coterie.scenarios.base import build_scenario
 from coterie.scenarios.practice import Answer, PracticeTable
@@ -466,3 +467,51 @@ def test_a_task_may_bring_its_own_content() -> None:
     outcome, table = seated("neutral", task_type=TaskType.REASONING, content=content, answer=lambda s, o, c, r: "1000")
     assert outcome.accuracy == {"seat_1": 1.0}
     assert "7, 1000" in table["seat_1"].shown[0].user
+
+
+TOPIC = {"form": "topic", "labels": ["animal", "food"], "answer": "food", "noun": "soup", "place": "on the table"}
+
+
+@pytest.mark.parametrize(
+    ("task_type", "content", "said"),
+    [
+        ("classification", {"text": "Nice soup."}, "form is None; it must be one of 'sentiment', 'topic'"),
+        ("classification", {**SENTIMENT, "form": "mood"}, "form is 'mood'; it must be"),
+        ("classification", {k: v for k, v in SENTIMENT.items() if k != "labels"}, "labels: Field required"),
+        ("classification", {**SENTIMENT, "adjectiv": "x"}, "unknown key 'adjectiv' (did you mean 'adjective'?)"),
+        ("classification", {**SENTIMENT, "answer": "good"}, "answer 'good' is not among labels (positive, negative)"),
+        ("classification", {k: v for k, v in TOPIC.items() if k != "place"}, "place: Field required"),
+        ("classification", {**TOPIC, "labels": ["food", "food"]}, "labels has 'food' twice"),
+        ("reasoning", {"numbers": [1, 2]}, "answer: Field required"),
+        ("reasoning", {"numbers": [1, 2], "answer": 1}, "answer is 1, but the largest of numbers is 2"),
+        ("reasoning", {"numbers": [3], "answer": 3}, "numbers: "),
+        ("reasoning", {"numbers": ["1", "2"], "answer": 2}, "numbers.0"),
+        ("generation", {"words": ["river"], "limit": 4}, "mark: Field required"),
+        ("generation", {"words": ["river"], "limit": 4, "mark": "."}, "mark: "),
+        ("generation", {"words": ["river", "lamp"], "limit": 1, "mark": "!"}, "no room for 2 words"),
+        ("optimization", {"offer": [["pen", 1], ["cup", 2]]}, "offers: Field required; unknown key 'offer'"),
+        ("optimization", {"offers": [["pen", 1], ["cup"]]}, "offers.1.1: Field required"),
+        ("optimization", {"offers": [["pen", 1], ["cup", 1]]}, "all offers have the same price"),
+        ("collaboration", {"colours": ["red", "blue"], "items": ["cup", "hat"], "item": "hat"}, "colour: Field requ"),
+        ("collaboration", {**SECRET, "item": "bag"}, "item 'bag' is not among items (cup, hat)"),
+    ],
+)
+def test_content_a_task_cannot_be_played_with_is_named(task_type: str, content: Mapping[str, Any], said: str) -> None:
+    task = make_task(task_id="mine", task_type=task_type, content=content, required_models=2)
+    with pytest.raises(ScenarioError, match=rf"^task 'mine', content of a {task_type} task: ") as queued:
+        TASKS.check_task(task)
+    message = str(queued.value)
+    assert said in message
+    # what is expected, by an example that would pass
+    example = ast.literal_eval(message[message.index("it looks like ") + 14 : message.index(", or leave content out")])
+    TASKS.check_task(make_task(task_type=task_type, content=example))
+    with pytest.raises(ScenarioError, match="task 'mine', content"):
+        play(TASKS, task)
+
+
+@pytest.mark.parametrize("task_type", TaskType)
+def test_content_that_fits_is_accepted(task_type: TaskType) -> None:
+    TASKS.check_task(make_task(task_type=task_type))
+    for difficulty in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for content in made(task_type, difficulty, 10):
+            TASKS.check_task(make_task(task_type=task_type, content=content))

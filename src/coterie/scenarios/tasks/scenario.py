@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 
 from coterie.prompts.loader import text
 from coterie.scenarios.base import ScenarioOptions, Table
+from coterie.scenarios.tasks.content import check_content
 from coterie.scenarios.tasks.kinds import KINDS, Kind
 from coterie.scenarios.teamwork import advice_speakers, heard_by, response_quality, team_scores
 from coterie.types import (
@@ -99,7 +100,13 @@ class Tasks:
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return [Seat(f"seat_{i + 1}") for i in range(task.required_models)]
 
+    def check_task(self, task: TrainingTask) -> None:
+        """Raises `ScenarioError` for content that its type cannot be played with; a task may have none."""
+        if task.content:
+            check_content(task)
+
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        self.check_task(task)
         kind = KINDS[task.task_type]
         content = task.content or _own_content(task)
         game = _Game(kind, content, table)
