@@ -423,6 +423,21 @@ def test_failed_episodes_are_counted_and_too_many_end_the_training(make: MakeEnv
         with_failures(0.4).run_training_cycle()
 
 
+def test_an_overlong_task_costs_its_own_episodes_only(make: MakeEnvironment, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{n}?", "answer": "{n}"}}\n' for n in range(20)))
+    env = make(
+        "a",
+        scenario={"id": "jsonl", "options": {"path": str(rows)}},
+        rollout={"tasks_per_update": 2, "group_size": 3, "max_failed_share": 0.5},
+        engine={"calibration": False, "cache_tokens": 256},
+    )
+    env.add_task(own("short", required_models=1, content={"prompt": "Well?", "answer": "yes"}))
+    env.add_task(own("long", required_models=1, content={"prompt": "and so on " * 300, "answer": "yes"}))
+    (record,) = env.run_training_cycle()
+    assert (record.metrics["episodes/played"], record.metrics["episodes/failed_share"]) == (3, 0.5)
+
+
 def test_a_scenario_without_training_tasks_is_named(make: MakeEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "tasks", lambda self, split, seed: iter(()))
     with pytest.raises(ScenarioError, match="no training task"):

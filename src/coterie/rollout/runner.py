@@ -1,7 +1,7 @@
 """Playing many episodes at once.
 
 Every episode of an update is a coroutine; the engine batches whatever they ask at the same time. An episode that
-raises becomes a `FailedEpisode` with its cause, and the others go on.
+raises becomes a `FailedEpisode` with its cause, and the others go on; only an engine that is broken ends them all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coterie.errors import EngineError, ScenarioError
+from coterie.errors import EngineError, RequestError, ScenarioError
 from coterie.models import LoRAModel
 from coterie.rollout.matchmaking import assign
 from coterie.rollout.table import EpisodeTable, Holder, TableServices, stable_seed
@@ -86,9 +86,10 @@ class Runner:
     async def _guarded(self, plan: Plan) -> Episode | FailedEpisode:
         try:
             return await self.one(plan)
-        except EngineError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a scenario is foreign code; its failure is recorded, not fatal
+        except Exception as error:
+            # a scenario is foreign code, and what it asks may be refused: its failure is recorded, not fatal
+            if isinstance(error, EngineError) and not isinstance(error, RequestError):
+                raise  # a broken engine fails every episode
             return FailedEpisode(plan.episode_id, plan.task, f"{type(error).__name__}: {error}")
 
     def table(self, plan: Plan) -> EpisodeTable:
