@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from coterie.config import RunConfig, check_models, parse_config
 from coterie.credit.base import build_credit
 from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
-from coterie.models import LoRAModel, ModelConfig
+from coterie.models import LoRAModel, ModelConfig, ModelPerformance
 from coterie.modes.base import build_mode
 from coterie.monitor.console import Observer, Silent
-from coterie.monitor.metrics import UpdateRecord
+from coterie.monitor.metrics import UpdateRecord, performance_of
 from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
 from coterie.rollout.matchmaking import assign, with_person
@@ -131,6 +131,7 @@ class MultiModelEnvironment:
             model.version = counters["version"]
             model.weight_updates = counters["weight_updates"]
             model.lora_adaptations = counters["lora_adaptations"]
+            model.performance_history = _history(run_dir, model_id, checkpoint.update)
         loop = env.build(start=checkpoint.update)
         if env.base.fingerprint != checkpoint.state["base_fingerprint"]:
             raise BaseModelError(
@@ -449,6 +450,13 @@ class MultiModelEnvironment:
         }
         folder = save_checkpoint(self.run_dir, Checkpoint(update, self._loop.learner.state(), state))
         self.observer.note(f"saved {folder}")
+
+
+def _history(run_dir: RunDirectory, model_id: ModelId, until: int) -> list[ModelPerformance]:
+    """A model's performances of the updates up to `until`, from the run's metrics."""
+    entries = (entry for entry in MetricsFile.read(run_dir.metrics_path) if entry["update"] <= until)
+    found = (performance_of(entry["update"], model_id, entry["metrics"]) for entry in entries)
+    return [performance for performance in found if performance is not None]
 
 
 def _model_stats(model: LoRAModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -442,6 +443,28 @@ def test_a_scenario_without_training_tasks_is_named(make: MakeEnvironment, monke
     monkeypatch.setattr(Recorder, "tasks", lambda self, split, seed: iter(()))
     with pytest.raises(ScenarioError, match="no training task"):
         make("a", scenario=RECORDER).run_training_cycle()
+
+
+@pytest.mark.parametrize("scenario", [{}, {"id": "matrix"}])  # with right answers, and without
+def test_a_resumed_run_has_its_history(
+    settings: Callable[..., RunConfig], tmp_path: Path, scenario: dict[str, Any]
+) -> None:
+    models = [{"model_id": "a"}, {"model_id": "a.b"}, {"model_id": "c"}]  # more than seats: not all play every update
+    tables = {"scenario": scenario} if scenario else {}
+    rollout = {"tasks_per_update": 1, "group_size": 4}
+    config = settings(models=models, updates=3, evaluation={"tasks": 0}, rollout=rollout, **tables)
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    asyncio.run(env.aclose())
+    assert [len(model.performance_history) for model in env.models.values()] == [2, 2, 2]
+    run = RunDirectory.open(tmp_path / "run")
+    with run.metrics_path.open("a") as file:  # past the checkpoint: done again, so no part of the history yet
+        file.write(json.dumps({"update": 4, "seconds": {}, "metrics": {"play/a/episodes": 1.0}}) + "\n")
+    again = MultiModelEnvironment.resume(run)
+    for model_id, model in env.models.items():
+        assert again.models[model_id].performance_history == model.performance_history
+    assert again.get_environment_stats()["models"]["a"] == env.get_environment_stats()["models"]["a"]
+    asyncio.run(again.aclose())
 
 
 def test_a_closed_environment_lets_go_of_its_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -289,18 +289,35 @@ def _report(
         _set(metrics, f"play/{model_id}/{stat}", value)
     for task_type in sorted(by_type):
         metrics[f"accuracy/{model_id}/{task_type}"] = by_type[task_type]
+    performance = performance_of(update, model_id, metrics)
+    assert performance is not None
+    return performance
+
+
+def performance_of(update: int, model_id: ModelId, metrics: Mapping[str, float]) -> ModelPerformance | None:
+    """One model's part of an update's metrics as a performance; None where it held no seat.
+
+    The metrics of a run are kept, so this also brings back its history.
+    """
+    own = f"play/{model_id}/"
+    found = {name.removeprefix(own): value for name, value in metrics.items() if name.startswith(own)}
+    if "episodes" not in found:
+        return None
+    types = f"accuracy/{model_id}/"
     return ModelPerformance(
         update=update,
         model_id=model_id,
-        accuracy=score if accuracy is None else accuracy,
-        efficiency=1.0 if efficiency is None else efficiency,
-        score=score,
-        reward=reward,
-        cooperation_score=cooperation,
-        valid_rate=1.0 if valid_rate is None else valid_rate,
-        entropy=0.0 if entropy is None else entropy,
-        episodes=tally.seats,
-        by_task_type=by_type,
+        accuracy=found.get("accuracy", found["score"]),
+        efficiency=found.get("efficiency", 1.0),
+        score=found["score"],
+        reward=found["reward"],
+        cooperation_score=found.get("cooperation_score"),
+        valid_rate=found.get("valid_rate", 1.0),
+        entropy=found.get("entropy", 0.0),
+        episodes=round(found["episodes"]),
+        by_task_type={
+            TaskType(name.removeprefix(types)): value for name, value in metrics.items() if name.startswith(types)
+        },
     )
 
 
