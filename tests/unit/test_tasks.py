@@ -292,7 +292,13 @@ def test_chinese_prompts_are_chinese(task_type: TaskType) -> None:
         for seen in table[seat].shown:
             text = re.sub(r"m\d", "", "".join((seen.system, seen.user, seen.prefix)))
             assert not re.findall(r"[A-Za-z]+", text)
+            assert not re.findall(r"[,.:;?!()]", text), "half-width punctuation"
         assert all(not re.search("[a-z]", turn.text) for turn in table[seat].turns if turn.choice is not None)
+
+
+@pytest.mark.parametrize(("language", "end"), [("en", "End with ?"), ("zh", "以？结尾")])
+def test_the_mark_is_written_as_the_language_writes_it(language: str, end: str) -> None:
+    assert KINDS[TaskType.GENERATION].question({**WRITE, "mark": "?"}, language, 0).endswith(end)
 
 
 def test_every_word_of_a_task_has_a_chinese_form() -> None:
