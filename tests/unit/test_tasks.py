@@ -7,12 +7,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, permutations
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from coterie.errors import ConfigError, ScenarioError
+from coterie.lm.embedded import resolve_base
 from coterie.modes.base import build_mode
 from coterie.scenarios.base import build_scenario
 from coterie.scenarios.practice import Answer, PracticeTable
@@ -230,7 +232,7 @@ def test_a_text_that_was_cut_off_meets_neither_length_nor_ending() -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_scores_are_accuracy_times_efficiency(task_type: TaskType, language: str) -> None:
     outcome, table = seated("competitor", task_type=task_type, content={}, answer=first_choice, language=language)
-    budget = 20 if task_type is TaskType.GENERATION else 12
+    budget = 12 + (0 if task_type in CHOOSING else 8 if language == "en" else 24)
     used = sum(len(turn.token_ids) for turn in table["seat_1"].turns)
     assert outcome.scores["seat_1"] == pytest.approx(outcome.accuracy["seat_1"] * (1 - 0.5 * used / budget))
 
@@ -450,6 +452,27 @@ def test_shared_resources_are_one_budget() -> None:
     # of 20 tokens each: 1 of advice and 7, 1 of advice and 3
     assert efficiencies(0.7) == pytest.approx([1 - 0.5 * 8 / 20, 1 - 0.5 * 4 / 20])
     assert efficiencies(0.8) == pytest.approx([1 - 0.5 * 12 / 40] * 2)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_line_that_meets_everything_fits_in_its_tokens(language: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("smollm2-135m-instruct", allow_download=False))
+    _, table = seated(
+        "neutral", task_type=TaskType.GENERATION, content=WRITE, language=language, answer=lambda *_: "on " * 99
+    )
+    room = len(table["seat_1"].turns[0].token_ids)
+    generation = KINDS[TaskType.GENERATION]
+    for split in Split:
+        for first, second in permutations(words("thing", split), 2):
+            for mark in "!?":
+                content = {"words": [first, second], "limit": 3, "mark": mark}
+                written = {
+                    "en": f"{first} {second}{mark}",
+                    "zh": translate(first, "zh") + translate(second, "zh") + mark,
+                }
+                line = written[language].translate({33: "！", 63: "？"} if language == "zh" else {})
+                assert generation.accuracy(content, language, line, True) == 1.0
+                assert len(tokenizer.encode(line)) + 1 <= room, line  # and one that ends the turn
 
 
 # -- a user's own tasks -------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Kind(Protocol):
     """One kind of task."""
 
     max_tokens: int
-    """Of a free-text answer."""
+    """Of a free-text answer in English; Chinese has more."""
     everyone_advises: bool
     """True where what each seat knows is needed by the others, whoever leads."""
 
