@@ -248,7 +248,8 @@ class GenerateRequest:
     distribution: bool = False
     """Also return the exact probability of every choice."""
     messages: tuple[tuple[str, str], ...] = ()
-    """(role, text) pairs the prompt was rendered from, for engines behind a chat API."""
+    """(role, text) pairs the prompt was rendered from, for engines behind a chat API; a last one of role "assistant" is
+    the beginning of the answer."""
 
 
 @dataclass(frozen=True, slots=True)

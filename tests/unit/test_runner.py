@@ -243,7 +243,7 @@ def test_a_turn_has_all_a_learner_needs() -> None:
     assert turn.temperature == request.temperature == 0.7
     assert turn.adapter == request.adapter == AdapterVersion("a", 0)
     assert request.choices == ((chat.id("yes"),), (chat.id("no"),))
-    assert request.messages == (("system", "be brief"), ("user", "well ?"))
+    assert request.messages == (("system", "be brief"), ("user", "well ?"), ("assistant", "Answer:"))
     assert request.seed == stable_seed(0, "e", "one", 0)
     assert turn.text == ("yes", "no")[turn.choice or 0]
     assert turn.token_ids == ((chat.id(turn.text)),)

@@ -37,7 +37,7 @@ class FaultKind(StrEnum):
     REJECTED = "rejected"
 
 
-class ServerFault(EngineError):
+class ServerFault(EngineError):  # noqa: N818 - a fault is what the table above names
     """One failed call to one server. Never holds a key or a prompt."""
 
     def __init__(
@@ -118,6 +118,9 @@ class WireRequest:
     """Added to these ids' logits before temperature."""
     capture: bool = True
     """Whether token ids and log-probabilities must come back; without them nothing can be trained."""
+    top: int = 0
+    """How many of the likeliest tokens' log-probabilities must come back at every step (`WireReply.top_logprobs`);
+    servers give 20 at most unless started with a larger --max-logprobs."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More body fields, as they are (tools, response_format, structured_outputs, …)."""
 
@@ -131,6 +134,10 @@ class WireReply:
     prompt_ids: tuple[int, ...] | None = None
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    """Of each prompt id after the first, at temperature 1, where asked for with extra {"prompt_logprobs": 0}."""
+    top_logprobs: tuple[Mapping[int, float], ...] | None = None
+    """For each token, token id -> log-probability of the likeliest ids at that step and of the sampled one."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0

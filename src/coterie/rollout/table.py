@@ -183,7 +183,7 @@ class EpisodeSeat:
             bias=services.calibration.bias(self.card.seat_id, tuple(choices)) if choices is not None else None,
             stop_ids=services.chat.stop_ids,
             distribution=distribution,
-            messages=(("system", observation.system), ("user", observation.user)),
+            messages=_messages(observation),
         )
 
     async def _generate(self, request: GenerateRequest) -> Generation:
@@ -251,3 +251,8 @@ class EpisodeSeat:
             logprobs=(), allowed=None, bias=None, temperature=1.0, entropy=(), text=text, choice=choice,
             valid=True, tier=tier,
         )  # fmt: skip
+
+
+def _messages(observation: Observation) -> tuple[tuple[str, str], ...]:
+    told = (("system", observation.system), ("user", observation.user), ("assistant", observation.prefix))
+    return tuple((role, text) for role, text in told if text or role == "user")
