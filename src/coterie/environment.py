@@ -12,6 +12,7 @@ The command line drives the same class: `from_config` for a new run, `resume` fo
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,6 +32,7 @@ from coterie.rollout.runner import Plan, Runner, with_services
 from coterie.rollout.table import Ask, TableServices, stable_seed
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
+from coterie.runs.state import adapted_layers, check_fits, models_state
 from coterie.runs.store import Store
 from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, build_scenario
 from coterie.types import AdapterVersion, Episode, FailedEpisode, ModelId, SeatId, Split, TrainingMode, TrainingTask
@@ -115,13 +117,20 @@ class MultiModelEnvironment:
 
     @classmethod
     def resume(cls, run_dir: RunDirectory, observer: Observer | None = None) -> MultiModelEnvironment:
-        """A stopped run, at its latest checkpoint. Raises `RunFolderError` when it has none."""
+        """A stopped run, at its latest checkpoint.
+
+        Raises:
+            RunFolderError: it has no checkpoint, or a damaged one.
+            ConfigError: its config.toml was edited where the checkpoint's adapters do not allow it.
+            BaseModelError: its base is another one now.
+        """
         from coterie.runs.checkpoint import load_checkpoint
 
         folder = run_dir.latest_checkpoint()
         if folder is None:
             raise RunFolderError(f"run {run_dir.path} has no checkpoint to go on from")
         checkpoint = load_checkpoint(folder)
+        check_fits(run_dir, checkpoint.update, checkpoint.state)
         env = cls(config=run_dir.config, observer=observer, run_dir=run_dir)
         env.mode.restore(checkpoint.state["mode"])
         env.credit.restore(checkpoint.state["credit"])
@@ -439,14 +448,8 @@ class MultiModelEnvironment:
             "mode": self.mode.state(),
             "credit": self.credit.state(),
             "calibration": self.calibration.to_json(),
-            "models": {
-                model_id: {
-                    "version": m.version,
-                    "weight_updates": m.weight_updates,
-                    "lora_adaptations": m.lora_adaptations,
-                }
-                for model_id, m in self.models.items()
-            },
+            "models": models_state(self.models),
+            **adapted_layers(self.config),
         }
         folder = save_checkpoint(self.run_dir, Checkpoint(update, self._loop.learner.state(), state))
         self.observer.note(f"saved {folder}")
@@ -455,8 +458,13 @@ class MultiModelEnvironment:
 def _history(run_dir: RunDirectory, model_id: ModelId, until: int) -> list[ModelPerformance]:
     """A model's performances of the updates up to `until`, from the run's metrics."""
     entries = (entry for entry in MetricsFile.read(run_dir.metrics_path) if entry["update"] <= until)
-    found = (performance_of(entry["update"], model_id, entry["metrics"]) for entry in entries)
-    return [performance for performance in found if performance is not None]
+    history = []
+    for entry in entries:
+        metrics = {name: math.nan if value is None else value for name, value in entry["metrics"].items()}
+        performance = performance_of(entry["update"], model_id, metrics)
+        if performance is not None:
+            history.append(performance)
+    return history
 
 
 def _model_stats(model: LoRAModel) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
@@ -465,6 +467,61 @@ def test_a_resumed_run_has_its_history(
         assert again.models[model_id].performance_history == model.performance_history
     assert again.get_environment_stats()["models"]["a"] == env.get_environment_stats()["models"]["a"]
     asyncio.run(again.aclose())
+
+
+A: dict[str, Any] = {"model_id": "a", "lora_rank": 4}
+B: dict[str, Any] = {"model_id": "b"}
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"models": [{"model_id": "a", "lora_rank": 16}, B]}, "lora_rank of model 'a' is 16, in the checkpoint 4"),
+    "alpha": ({"models": [A, {"model_id": "b", "lora_alpha": 1.0}]}, "lora_alpha of model 'b' is 1.0, in the ch"),
+    "targets": (
+        {"base": {"lora_targets": ["v_proj"]}},
+        r"base.lora_targets is ['v_proj'], in the checkpoint ['k_proj', 'q_proj']; put the old values back",
+    ),
+    "layers": ({"base": {"lora_layers": 0.5}}, "base.lora_layers is 0.5, in the checkpoint 1.0"),
+    "another model": ({"models": [A, B, {"model_id": "c"}]}, "models is a, b, c, in the checkpoint a, b"),
+    "several": (
+        {"models": [{"model_id": "a", "lora_rank": 5}], "base": {"lora_layers": 0.5}},
+        "models is a, in the checkpoint a, b; base.lora_layers is 0.5, in the checkpoint 1.0; lora_rank of model 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_config_that_no_longer_fits_the_checkpoint_is_told_before_loading(
+    settings: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: str
+) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    base = config.base.model_copy(update={"lora_targets": ("q_proj", "k_proj")})
+    config = config.model_copy(update={"base": base})
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    asyncio.run(env.aclose())
+    changes, said = EDITS[edit]
+    written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    changed = {**written, **changes, "base": {**written["base"], **changes.get("base", {})}}
+    (tmp_path / "run" / "config.toml").write_text(tomli_w.dumps(changed))
+    monkeypatch.setattr("coterie.lm.base.load_base", lambda config: pytest.fail("loaded"))
+    with pytest.raises(ConfigError) as refused:
+        MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    assert "config.toml no longer fits the checkpoint after update 1: " in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_what_may_change_between_two_processes_does_not_hinder_resume(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    asyncio.run(env.aclose())
+    written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    written["updates"], written["models"][0]["learning_rate"] = 2, 1e-4
+    written["base"]["lora_targets"].reverse()
+    (tmp_path / "run" / "config.toml").write_text(tomli_w.dumps(written))
+    env = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    assert asyncio.run(env.train()).update == 2
+    asyncio.run(env.aclose())
 
 
 def test_a_closed_environment_lets_go_of_its_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
