@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from coterie.config import RunConfig, check_models, parse_config
 from coterie.credit.base import build_credit
-from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
+from coterie.errors import AdapterError, BaseModelError, ConfigError, RunFolderError, ScenarioError
 from coterie.models import LoRAModel, ModelConfig, ModelPerformance
 from coterie.modes.base import build_mode
 from coterie.monitor.console import Observer, Silent
@@ -148,13 +148,31 @@ class MultiModelEnvironment:
                 "put the original back, or start a new run"
             )
         loop.learner.restore(checkpoint.tensors)
+        for model in env.models.values():
+            model.adapter_dir = run_dir.adapter_dir(model.adapter)
         return env
 
     # -- models and tasks ---------------------------------------------------------------------------------------
 
     def add_model(self, model: ModelConfig | LoRAModel) -> LoRAModel:
-        """Add a policy. Raises `ConfigError`: id in use, more than max_models, another base, no team in a battle."""
-        config = model.config if isinstance(model, LoRAModel) else model
+        """Add a policy, and return it as this environment trains it.
+
+        A `ModelConfig` is a new policy: version 0, equal to the base. A `LoRAModel` goes on where it stands: version,
+        counters, history (whose updates are numbered as they were) and the weights saved in its `adapter_dir`; the
+        optimizer starts afresh. The object given is not changed.
+
+        Raises:
+            ConfigError: id in use, more than max_models, another base, no team in a battle, or a trained model whose
+                current version is saved nowhere.
+            AdapterError: the saved adapter does not fit the model or this base; when the base is loaded already,
+                else when it is.
+        """
+        added = (
+            replace(model, performance_history=[*model.performance_history])
+            if isinstance(model, LoRAModel)
+            else LoRAModel(model)
+        )
+        config = added.config
         others = [m.config for m in self.models.values()]
         try:
             check_models([*others, config], self.config.max_models, TrainingMode.COOPERATIVE)
@@ -167,13 +185,17 @@ class MultiModelEnvironment:
             )
         if self.config.mode is TrainingMode.TEAM_BATTLE and config.team_id is None:
             raise ConfigError(f"mode team_battle needs a team_id for every model; {config.model_id!r} has none")
-        added = LoRAModel(config)
-        self.models[config.model_id] = added
-        self._seats_fit = False
+        if added.version and added.adapter_dir is None:
+            raise ConfigError(
+                f"model {added.adapter.name} brings no weights: this version is saved nowhere. Train it in a run "
+                "folder (run_dir) and add it after it was saved, set its adapter_dir, or add its config to start anew"
+            )
         if self._loop is not None:
             self._add_adapter(added)
             self._loop.models.append(added)
             self._loop.learner.add(config)
+        self.models[config.model_id] = added
+        self._seats_fit = False
         return added
 
     def remove_model(self, model_id: ModelId) -> None:
@@ -385,7 +407,15 @@ class MultiModelEnvironment:
         assert self._base is not None
         c = model.config
         seed = stable_seed(self.config.seed, "adapter", c.model_id) % 2**63
-        self._base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, seed)
+        adapter = self._base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, seed)
+        if model.version and model.adapter_dir is not None:
+            from coterie.lm.adapters import restore_adapter
+
+            try:
+                restore_adapter(adapter, model.adapter_dir, self._base, model.adapter)
+            except AdapterError:
+                self._base.bank.remove(c.model_id)
+                raise
         self._base.bank.publish(model.adapter)
 
     async def _calibrate(self, loop: TrainingLoop) -> None:
@@ -443,6 +473,7 @@ class MultiModelEnvironment:
             directory = self.run_dir.adapter_dir(model.adapter)
             if not directory.exists():
                 save_adapter(self.base.bank.training(model.model_id), directory, self.base, model.adapter)
+            model.adapter_dir = directory
         state = {
             "base_fingerprint": self.base.fingerprint,
             "mode": self.mode.state(),

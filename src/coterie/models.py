@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -72,7 +73,10 @@ class ModelPerformance:
 
 @dataclass(slots=True)
 class LoRAModel:
-    """One trained policy: its settings, its current adapter version, and its history."""
+    """One trained policy: its settings, its current adapter version, and its history.
+
+    The weights themselves are in the environment that trains it, and, once it saved them, in `adapter_dir`.
+    """
 
     config: ModelConfig
     version: int = 0
@@ -81,6 +85,8 @@ class LoRAModel:
     lora_adaptations: int = 0
     """Adapter versions published."""
     performance_history: list[ModelPerformance] = field(default_factory=list)
+    adapter_dir: Path | None = None
+    """Where the current version is saved, in PEFT format; None: nowhere yet."""
 
     @property
     def model_id(self) -> ModelId:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
-from coterie.errors import ConfigError, ScenarioError
+from coterie.errors import AdapterError, ConfigError, ScenarioError
 from coterie.models import (
     LoRAModel,
     ModelConfig,
@@ -65,6 +66,10 @@ def make(settings: Callable[..., RunConfig]) -> MakeEnvironment:
         return env
 
     return make
+
+
+A: dict[str, Any] = {"model_id": "a", "lora_rank": 4}
+B: dict[str, Any] = {"model_id": "b"}
 
 
 def own(task_id: str, **fields: Any) -> TrainingTask:
@@ -157,6 +162,93 @@ def test_a_model_may_be_given_as_a_lora_model() -> None:
     mine = LoRAModel(ModelConfig(model_id="mine", lora_rank=4))
     assert env.add_model(mine).config == mine.config
     assert env.get_environment_stats()["models"]["mine"]["lora_rank"] == 4
+
+
+def test_a_trained_model_goes_on_in_another_environment(
+    settings: Callable[..., RunConfig], make: MakeEnvironment, tmp_path: Path
+) -> None:
+    config = settings(models=[A, B], updates=2, evaluation={"tasks": 0})
+    first = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(first.train())
+    given = first.models["a"]
+    weights = first.base.bank.training("a").flat.clone()
+    assert given.version == 2
+    second = make("c")
+    moved = second.add_model(given)
+    second.run_training_cycle(1)
+    assert (moved.version, moved.weight_updates, moved.lora_adaptations) == (3, 3, 3)
+    assert [p.update for p in moved.performance_history] == [1, 2, 1]
+    assert second.get_environment_stats()["models"]["a"]["adapter"] == "a@v3"
+    # the one given stays as it was, and where it was
+    assert (given.version, len(given.performance_history)) == (2, 2)
+    assert torch.equal(first.base.bank.training("a").flat, weights)
+    # a new environment that has not trained yet begins with these weights, and so does one that is training
+    third, fourth = make("c"), make("c", "d")
+    third.add_model(given)
+    fourth.run_training_cycle()
+    fourth.add_model(given)
+    for env in (third, fourth):
+        assert torch.equal(env.base.bank.training("a").flat, weights)
+        env.run_training_cycle()
+    asyncio.run(first.aclose())
+
+
+def test_a_resumed_model_can_be_taken_along(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    first = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(first.train())
+    asyncio.run(first.aclose())
+    resumed = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    other = MultiModelEnvironment(config=settings())
+    for model in resumed.models.values():
+        other.add_model(model)
+    for model_id in ("a", "b"):
+        before, after = (env.base.bank.training(model_id).flat for env in (resumed, other))
+        assert torch.equal(before, after)
+    asyncio.run(resumed.aclose())
+
+
+def test_a_trained_model_that_is_saved_nowhere_brings_no_weights(make: MakeEnvironment) -> None:
+    first = make("a", "b")
+    first.run_training_cycle()
+    with pytest.raises(
+        ConfigError, match=r"model a@v1 brings no weights: .* saved nowhere.* or add its config to start"
+    ):
+        make("c").add_model(first.models["a"])
+    assert make("c").add_model(first.models["a"].config).version == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_saved_adapter_that_does_not_fit_is_refused(
+    settings: Callable[..., RunConfig], make: MakeEnvironment, tmp_path: Path, training: bool
+) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    first = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(first.train())
+    asyncio.run(first.aclose())
+    folder = first.models["a"].adapter_dir
+    wrong = {
+        r"holds a@v1, not a@v2": LoRAModel(first.models["a"].config, version=2, adapter_dir=folder),
+        r"holds a@v1, not c@v1": LoRAModel(ModelConfig(model_id="c", lora_rank=4), version=1, adapter_dir=folder),
+        r"has rank 4 and alpha 16, but model 'a' has lora_rank 5": LoRAModel(
+            ModelConfig(model_id="a", lora_rank=5), version=1, adapter_dir=folder
+        ),
+        r"nowhere is not a PEFT LoRA adapter": LoRAModel(
+            first.models["a"].config, version=1, adapter_dir=tmp_path / "nowhere"
+        ),
+    }
+    for said, model in wrong.items():
+        env = make("x", "y")
+        if training:
+            env.run_training_cycle()
+        if not training:
+            env.add_model(model)
+        with pytest.raises(AdapterError, match=said):
+            env.add_model(model) if training else env.run_training_cycle()
+        if training:  # and nothing of it is left behind
+            assert list(env.models) == ["x", "y"]
+            env.run_training_cycle()
+            assert env.add_model(ModelConfig(model_id=model.model_id)).version == 0
 
 
 def test_models_may_join_and_leave_while_training(make: MakeEnvironment) -> None:
@@ -469,8 +561,6 @@ def test_a_resumed_run_has_its_history(
     asyncio.run(again.aclose())
 
 
-A: dict[str, Any] = {"model_id": "a", "lora_rank": 4}
-B: dict[str, Any] = {"model_id": "b"}
 EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"models": [{"model_id": "a", "lora_rank": 16}, B]}, "lora_rank of model 'a' is 16, in the checkpoint 4"),
     "alpha": ({"models": [A, {"model_id": "b", "lora_alpha": 1.0}]}, "lora_alpha of model 'b' is 1.0, in the ch"),

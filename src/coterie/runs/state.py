@@ -51,7 +51,7 @@ def _differences(config: RunConfig, state: Mapping[str, Any]) -> Iterator[tuple[
     """(setting, its value now, its value then); what a checkpoint does not say counts as unchanged."""
     now, then = {model.model_id: model for model in config.models}, state["models"]
     if set(now) != set(then):
-        yield "models", ", ".join(now), ", ".join(then)
+        yield "models", ", ".join(now) or "none", ", ".join(then)
     for name, value in adapted_layers(config).items():
         if state.get(name, value) != value:
             yield f"base.{name}", value, state[name]
