@@ -162,8 +162,8 @@ class MultiModelEnvironment:
         optimizer starts afresh. The object given is not changed.
 
         Raises:
-            ConfigError: id in use, more than max_models, another base, no team in a battle, or a trained model whose
-                current version is saved nowhere.
+            ConfigError: id in use, or used before in this run; more than max_models, another base, no team in a
+                battle, or a trained model whose current version is saved nowhere.
             AdapterError: the saved adapter does not fit the model or this base; when the base is loaded already,
                 else when it is.
         """
@@ -191,6 +191,11 @@ class MultiModelEnvironment:
                 "folder (run_dir) and add it after it was saved, set its adapter_dir, or add its config to start anew"
             )
         if self._loop is not None:
+            if self.run_dir is not None and self.run_dir.holds_adapters(config.model_id):
+                raise ConfigError(
+                    f"model_id {config.model_id!r} was used earlier in run {self.run_dir.path}, which keeps its "
+                    "adapter versions; choose another id"
+                )
             self._add_adapter(added)
             self._loop.models.append(added)
             self._loop.learner.add(config)

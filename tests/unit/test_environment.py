@@ -251,6 +251,19 @@ def test_a_saved_adapter_that_does_not_fit_is_refused(
             assert env.add_model(ModelConfig(model_id=model.model_id)).version == 0
 
 
+def test_a_run_does_not_give_an_id_to_a_second_model(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Its version 1 would be the other's."""
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    env.remove_model("a")
+    with pytest.raises(ConfigError, match="'a' was used earlier in run .*; choose another id"):
+        env.add_model(ModelConfig(model_id="a"))
+    env.add_model(ModelConfig(model_id="a2"))
+    assert list(env.models) == ["b", "a2"]
+    asyncio.run(env.aclose())
+
+
 def test_models_may_join_and_leave_while_training(make: MakeEnvironment) -> None:
     env = make("a", "b")
     env.run_training_cycle()
