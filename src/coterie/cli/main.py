@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from coterie.cli.bench import bench
 from coterie.cli.common import say, say_error
 from coterie.cli.eval import evaluate
 from coterie.cli.models import app as models
 from coterie.cli.play import play
+from coterie.cli.serve import serve
 from coterie.cli.train import train
 from coterie.errors import CoterieError
 
@@ -44,6 +46,8 @@ app = typer.Typer(
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("play")(play)
+app.command("serve")(serve)
+app.command("bench")(bench)
 app.add_typer(models, name="models")
 
 

@@ -12,7 +12,10 @@ from coterie.types import AdapterVersion, GenerateRequest, Generation, Observati
 class Engine(Protocol):
     """Generates turns under adapter versions that were published to it."""
 
-    tier: Tier
+    @property
+    def tier(self) -> Tier:
+        """Where its turns come from; of several tiers, where the next call starts."""
+        ...
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """Generate once.

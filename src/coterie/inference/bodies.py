@@ -211,10 +211,13 @@ def _logprobs(block: Any) -> tuple[tuple[float, ...] | None, tuple[int, ...] | N
     logprobs = tuple(0.0 if value is None else _finite(value) for value in values)
     ids = tuple(_named(name) for name in names)
     known = None if -1 in ids else ids
-    top = tuple({_named(name): p for name, p in step if p is not None and p > _IMPOSSIBLE} for step in steps)
-    if any(-1 in step for step in top) or len(top) != len(names):
+    if known is None or len(steps) != len(names):
         return logprobs, known, None
-    return logprobs, known, top
+    top = tuple(
+        {**{_named(name): p for name, p in step if p is not None and p > _IMPOSSIBLE}, token: value}
+        for step, token, value in zip(steps, ids, logprobs, strict=True)
+    )
+    return logprobs, known, None if any(-1 in step for step in top) else top
 
 
 def _named(token: str) -> int:

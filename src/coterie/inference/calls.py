@@ -2,8 +2,8 @@
 
     an engine or client -> CallRecord -> CallSink: CallLines (the log), coterie.monitor.calls (file, statistics)
 
-The logger is "coterie.calls": an answer is one line of level INFO that names the tier, a failure one of level WARNING,
-a simulated answer one of level WARNING too.
+The logger is "coterie.calls". A line names the tier; it is of level INFO, and WARNING where a call failed for good.
+That answers are simulated is said loudly by `coterie.inference.tiers`, once, not by every line.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ class CallLines:
 
     def call(self, record: CallRecord) -> None:
         """Log `record`."""
-        good = record.outcome == "ok" and record.tier is not Tier.SIMULATED
-        logger.log(logging.INFO if good else logging.WARNING, "%s", log_line(record))
+        level = logging.WARNING if record.outcome == "fault" else logging.INFO
+        if logger.isEnabledFor(level):
+            logger.log(level, "%s", log_line(record))
 
 
 class EachOf:

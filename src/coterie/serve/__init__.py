@@ -1,0 +1,1 @@
+"""`coterie serve`: vLLM's HTTP API on the in-process engine."""
