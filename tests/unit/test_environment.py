@@ -257,7 +257,7 @@ def test_a_run_does_not_give_an_id_to_a_second_model(settings: Callable[..., Run
     env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
     asyncio.run(env.train())
     env.remove_model("a")
-    with pytest.raises(ConfigError, match="'a' was used earlier in run .*; choose another id"):
+    with pytest.raises(ConfigError, match=r"'a' was used earlier in run .*; choose another id"):
         env.add_model(ModelConfig(model_id="a"))
     env.add_model(ModelConfig(model_id="a2"))
     assert list(env.models) == ["b", "a2"]

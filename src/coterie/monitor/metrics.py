@@ -9,9 +9,11 @@ the worth of advice comes from the episodes in which it was withheld by a coin t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from coterie.models import LoRAModel, ModelPerformance
 from coterie.scenarios.teamwork import response_quality
@@ -319,6 +321,17 @@ def performance_of(update: int, model_id: ModelId, metrics: Mapping[str, float])
             TaskType(name.removeprefix(types)): value for name, value in metrics.items() if name.startswith(types)
         },
     )
+
+
+def history_of(model_id: ModelId, entries: Iterable[Mapping[str, Any]]) -> list[ModelPerformance]:
+    """A model's performances from the lines of a metrics file, in which null stands for what was not finite."""
+    history = []
+    for entry in entries:
+        metrics = {name: math.nan if value is None else value for name, value in entry["metrics"].items()}
+        performance = performance_of(entry["update"], model_id, metrics)
+        if performance is not None:
+            history.append(performance)
+    return history
 
 
 def _set(metrics: dict[str, float], name: str, value: float | None) -> None:

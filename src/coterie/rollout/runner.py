@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from coterie.errors import EngineError, RequestError, ScenarioError
 from coterie.models import LoRAModel
-from coterie.rollout.matchmaking import assign
+from coterie.rollout.matchmaking import assign, frozen_as
 from coterie.rollout.table import EpisodeTable, Holder, TableServices, stable_seed
 from coterie.scenarios.base import Scenario
 from coterie.types import (
@@ -91,6 +91,26 @@ class Runner:
             if isinstance(error, EngineError) and not isinstance(error, RequestError):
                 raise  # a broken engine fails every episode
             return FailedEpisode(plan.episode_id, plan.task, f"{type(error).__name__}: {error}")
+
+    async def calibrate(self, tasks: Sequence[TrainingTask], models: Sequence[LoRAModel], rotate: bool) -> int:
+        """Find the biases of choices from these tasks, played by the bare base in the seats of `models`.
+
+        Returns how many choice sets got one. The engine is left with nothing cached.
+        """
+        services = self.services
+        base = {model.model_id: None for model in models}
+        plans = []
+        for number, task in enumerate(tasks):
+            holders = frozen_as(self.seating(task, models, number, rotate), base)
+            plans.append(Plan(task, holders, f"calibrate.{number}", "calibrate", 0))
+        services.calibration.recording = True
+        await self.play(plans)
+        services.calibration.recording = False
+        stops = services.chat.stop_ids
+        count = await services.calibration.fit(services.engine, stops[0] if stops else None)
+        for model in models:
+            await services.engine.publish(model.adapter, None)
+        return count
 
     def table(self, plan: Plan) -> EpisodeTable:
         """The table of one episode."""
