@@ -35,7 +35,7 @@ from coterie.inference.pool import NoServers
 from coterie.inference.sampling import Distribution, uniform
 from coterie.inference.sharing import InFlight
 from coterie.inference.trust import TierFailedError, Trust, UnfitServerError, allowed_logprobs, check_reply
-from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, Transport, WireReply, WireRequest
+from coterie.inference.wire import FaultKind, RejectedRequest, ServerFault, ServerSpec, Transport, WireReply, WireRequest
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
 MAX_TOP = 20
@@ -115,7 +115,7 @@ class RemoteEngine:
             made = await self._made(request)
         except ServerFault as fault:
             if fault.kind is FaultKind.REJECTED:
-                raise RequestError(str(fault)) from fault
+                raise RejectedRequest.of(fault) from fault
             raise
         return replace(made, latency_s=time.perf_counter() - born)
 
