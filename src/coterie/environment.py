@@ -12,8 +12,7 @@ The command line drives the same class: `from_config` for a new run, `resume` fo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +22,23 @@ from coterie.errors import BaseModelError, ConfigError, RunFolderError, Scenario
 from coterie.models import LoRAModel, ModelConfig
 from coterie.modes.base import build_mode
 from coterie.monitor.console import Observer, Silent
-from coterie.monitor.metrics import UpdateRecord
+from coterie.monitor.metrics import UpdateRecord, history_of
 from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
-from coterie.rollout.matchmaking import assign, with_person
-from coterie.rollout.runner import Plan, Runner, with_services
-from coterie.rollout.table import Ask, TableServices, stable_seed
+from coterie.rollout.matchmaking import check_seats, with_person
+from coterie.rollout.runner import Plan, with_services
+from coterie.rollout.table import Ask
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
-from coterie.runs.store import Store
-from coterie.scenarios.base import ExactlyMeasured, HasScripts, build_scenario
-from coterie.types import AdapterVersion, Episode, FailedEpisode, ModelId, SeatId, Split, TrainingMode, TrainingTask
+from coterie.runs.state import Parts, check_fits
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario
+from coterie.types import Episode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
     from coterie.evaluation import Evaluation
     from coterie.lm.base import BaseModel
     from coterie.loop import TrainingLoop
+    from coterie.runs.writer import RunWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class MultiModelEnvironment:
         self._own_tasks: list[TrainingTask] = []
         self._loop: TrainingLoop | None = None
         self._base: BaseModel | None = None
-        self._store: Store | None = None
+        self._writer: RunWriter | None = None
         self._stopping = False
         self._seats_fit = False
         for model in config.models:
@@ -115,22 +115,22 @@ class MultiModelEnvironment:
 
     @classmethod
     def resume(cls, run_dir: RunDirectory, observer: Observer | None = None) -> MultiModelEnvironment:
-        """A stopped run, at its latest checkpoint. Raises `RunFolderError` when it has none."""
+        """A stopped run, at its latest checkpoint.
+
+        Raises:
+            RunFolderError: it has no checkpoint, or a damaged one.
+            ConfigError: its config.toml was edited where the checkpoint's adapters do not allow it.
+            BaseModelError: its base is another one now.
+        """
         from coterie.runs.checkpoint import load_checkpoint
 
         folder = run_dir.latest_checkpoint()
         if folder is None:
             raise RunFolderError(f"run {run_dir.path} has no checkpoint to go on from")
         checkpoint = load_checkpoint(folder)
+        check_fits(run_dir, checkpoint.update, checkpoint.state)
         env = cls(config=run_dir.config, observer=observer, run_dir=run_dir)
-        env.mode.restore(checkpoint.state["mode"])
-        env.credit.restore(checkpoint.state["credit"])
-        env.calibration = Calibration.from_json(checkpoint.state["calibration"])
-        for model_id, counters in checkpoint.state["models"].items():
-            model = env.models[model_id]
-            model.version = counters["version"]
-            model.weight_updates = counters["weight_updates"]
-            model.lora_adaptations = counters["lora_adaptations"]
+        env._parts().restore(checkpoint.state)
         loop = env.build(start=checkpoint.update)
         if env.base.fingerprint != checkpoint.state["base_fingerprint"]:
             raise BaseModelError(
@@ -138,13 +138,33 @@ class MultiModelEnvironment:
                 "put the original back, or start a new run"
             )
         loop.learner.restore(checkpoint.tensors)
+        entries = MetricsFile.read(run_dir.metrics_path)  # building cut off what is past the checkpoint
+        for model in env.models.values():
+            model.performance_history = history_of(model.model_id, entries)
+            model.adapter_dir = run_dir.adapter_dir(model.adapter)
         return env
 
     # -- models and tasks ---------------------------------------------------------------------------------------
 
     def add_model(self, model: ModelConfig | LoRAModel) -> LoRAModel:
-        """Add a policy. Raises `ConfigError`: id in use, more than max_models, another base, no team in a battle."""
-        config = model.config if isinstance(model, LoRAModel) else model
+        """Add a policy, and return it as this environment trains it.
+
+        A `ModelConfig` is a new policy: version 0, equal to the base. A `LoRAModel` goes on where it stands: version,
+        counters, history (whose updates are numbered as they were) and the weights saved in its `adapter_dir`; the
+        optimizer starts afresh. The object given is not changed.
+
+        Raises:
+            ConfigError: id in use, or used before in this run; more than max_models, another base, no team in a
+                battle, or a trained model whose current version is saved nowhere.
+            AdapterError: the saved adapter does not fit the model or this base; when the base is loaded already,
+                else when it is.
+        """
+        added = (
+            replace(model, performance_history=[*model.performance_history])
+            if isinstance(model, LoRAModel)
+            else LoRAModel(model)
+        )
+        config = added.config
         others = [m.config for m in self.models.values()]
         try:
             check_models([*others, config], self.config.max_models, TrainingMode.COOPERATIVE)
@@ -157,13 +177,25 @@ class MultiModelEnvironment:
             )
         if self.config.mode is TrainingMode.TEAM_BATTLE and config.team_id is None:
             raise ConfigError(f"mode team_battle needs a team_id for every model; {config.model_id!r} has none")
-        added = LoRAModel(config)
-        self.models[config.model_id] = added
-        self._seats_fit = False
+        if added.version and added.adapter_dir is None:
+            raise ConfigError(
+                f"model {added.adapter.name} brings no weights: this version is saved nowhere. Train it in a run "
+                "folder (run_dir) and add it after it was saved, set its adapter_dir, or add its config to start anew"
+            )
         if self._loop is not None:
-            self._add_adapter(added)
+            if self.run_dir is not None and self.run_dir.holds_adapters(config.model_id):
+                raise ConfigError(
+                    f"model_id {config.model_id!r} was used earlier in run {self.run_dir.path}, which keeps its "
+                    "adapter versions; choose another id"
+                )
+            from coterie.assembly import add_adapter
+
+            assert self._base is not None
+            add_adapter(self._base, added, self.config.seed)
             self._loop.models.append(added)
             self._loop.learner.add(config)
+        self.models[config.model_id] = added
+        self._seats_fit = False
         return added
 
     def remove_model(self, model_id: ModelId) -> None:
@@ -179,11 +211,18 @@ class MultiModelEnvironment:
             self._base.bank.remove(model_id)
 
     def add_task(self, task: TrainingTask) -> None:
-        """Put a task into the user's queue; once it has one, training plays only the queue, over and over."""
+        """Put a task into the user's queue; once it has one, training plays only the queue, over and over.
+
+        Raises:
+            ConfigError: it needs more models than there may be.
+            ScenarioError: its content is not what the scenario can play; says which key, and what is expected.
+        """
         if task.required_models > self.config.max_models:
             raise ConfigError(
                 f"task {task.task_id!r} needs {task.required_models} models, but max_models is {self.config.max_models}"
             )
+        if isinstance(self.scenario, ChecksTasks):
+            self.scenario.check_task(task)
         self._own_tasks.append(task)
         self._seats_fit = False
         if self._loop is not None:
@@ -257,16 +296,16 @@ class MultiModelEnvironment:
             "total_models": len(self.models),
             "max_models": self.config.max_models,
             "queued_tasks": len(self._own_tasks),
-            "models": {model_id: _model_stats(model) for model_id, model in self.models.items()},
+            "models": {model_id: model.stats() for model_id, model in self.models.items()},
         }
 
     async def aclose(self) -> None:
         """Let go of engine and database. Training again builds nothing new, so this comes last."""
         if self._loop is not None:
             await self._loop.engine.close()
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -279,58 +318,26 @@ class MultiModelEnvironment:
 
     def build(self, start: int = 0) -> TrainingLoop:
         """Load the base and put the parts together; `start` updates are done already."""
-        from coterie.evaluation import Evaluator
-        from coterie.inference.local.engine import LocalEngine
-        from coterie.lm.base import load_base
-        from coterie.loop import TaskQueue, TrainingLoop
-        from coterie.training.learner import Learner
+        from coterie.assembly import assemble
 
-        config = self.config
-        self.observer.stage(f"loading base {config.base.model}")
-        self._base = load_base(config.base)
-        for model in self.models.values():
-            self._add_adapter(model)
-        engine = LocalEngine(
-            self._base, cache_tokens=config.engine.cache_tokens, tokens_per_pass=config.engine.tokens_per_pass
-        )
-        services = TableServices(
-            engine=engine,
-            chat=self._base.chat,
-            mode=self.mode,
-            scripts=self.scenario.scripts if isinstance(self.scenario, HasScripts) else {},
-            calibration=self.calibration,
-            temperature=config.rollout.temperature,
-            language=config.rollout.language,
-            seed=config.seed,
-        )
-        runner = Runner(self.scenario, services)
-        models = list(self.models.values())
-        tasks = TaskQueue(self.scenario, config.seed, start * config.rollout.tasks_per_update)
-        for task in self._own_tasks:
-            tasks.add(task)
-        learner = Learner(self._base, [m.config for m in models], config.learner, config.updates)
-        self._loop = TrainingLoop(
-            config=config,
-            models=models,
-            mode=self.mode,
-            credit=self.credit,
-            engine=engine,
-            learner=learner,
-            runner=runner,
-            tasks=tasks,
-            evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats),
-            observer=self.observer,
-            keep=self._keep if self.run_dir is not None else None,
-            save=self._save if self.run_dir is not None else None,
-            update=start,
-        )
+        self.observer.stage(f"loading base {self.config.base.model}")
+        parts = self._parts()
+        made = assemble(self.scenario, parts, self._own_tasks, self.observer, start)
+        self._base, self._loop = made.base, made.loop
         if self.run_dir is not None:
-            self._store = Store(self.run_dir.database_path)
-            if start:
-                MetricsFile(self.run_dir.metrics_path).truncate_after(start)
-                self._store.delete_after(start)
+            from coterie.runs.writer import RunWriter
+
+            self._writer = RunWriter(self.run_dir, parts, made.base, made.loop.learner, start)
+            self._loop.keep, self._loop.save = self._writer.keep, self._save
         self._loop.stopping = self._stopping
         return self._loop
+
+    def _parts(self) -> Parts:
+        return Parts(self.config, self.models, self.mode, self.credit, self.calibration)
+
+    def _save(self, update: int) -> None:
+        assert self._writer is not None
+        self.observer.note(f"saved {self._writer.save(update)}")
 
     def _ready(self) -> TrainingLoop:
         if not self._seats_fit:
@@ -349,13 +356,7 @@ class MultiModelEnvironment:
             check_models([m.config for m in self.models.values()], self.config.max_models, self.config.mode)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        tasks = self._own_tasks or self._first_tasks()
-        # most tasks have the same seats
-        for seats, task in {tuple(self.scenario.seats(task)): task for task in reversed(tasks)}.items():
-            try:
-                assign(seats, list(self.models.values()))
-            except ConfigError as error:
-                raise ConfigError(f"task {task.task_id!r}: {error}") from error
+        check_seats(self.scenario, self._own_tasks or self._first_tasks(), list(self.models.values()))
 
     def _first_tasks(self) -> list[TrainingTask]:
         """The first thousand tasks of each side. Raises `ScenarioError` when there is nothing to train on."""
@@ -364,34 +365,13 @@ class MultiModelEnvironment:
             raise ScenarioError(f"scenario {self.config.scenario.id!r} gives no training task")
         return [*train, *heldout]
 
-    def _add_adapter(self, model: LoRAModel) -> None:
-        assert self._base is not None
-        c = model.config
-        seed = stable_seed(self.config.seed, "adapter", c.model_id) % 2**63
-        self._base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, seed)
-        self._base.bank.publish(model.adapter)
-
     async def _calibrate(self, loop: TrainingLoop) -> None:
-        """Find the biases of choices once, from episodes the bare base plays on training tasks."""
+        """Find the biases of choices, once and before the first update."""
         if not self.config.engine.calibration or self.calibration.biases or loop.update:
             return
-        from coterie.rollout.matchmaking import frozen_as
-
         self.observer.stage("calibrating choices")
         tasks = loop.tasks.peek(self.config.engine.calibration_tasks)
-        self.calibration.recording = True
-        models = list(self.models.values())
-        base: Mapping[ModelId, AdapterVersion | None] = {m.model_id: None for m in models}
-        plans = []
-        for number, task in enumerate(tasks):
-            holders = frozen_as(loop.runner.seating(task, models, number, self.config.rollout.rotate_seats), base)
-            plans.append(Plan(task, holders, f"calibrate.{number}", "calibrate", 0))
-        await loop.runner.play(plans)
-        self.calibration.recording = False
-        stops = loop.runner.services.chat.stop_ids
-        count = await self.calibration.fit(loop.engine, stops[0] if stops else None)
-        for model in models:
-            await loop.engine.publish(model.adapter, None)
+        count = await loop.runner.calibrate(tasks, list(self.models.values()), self.config.rollout.rotate_seats)
         self.observer.note(f"calibrated {count} choice sets on {len(tasks)} training tasks")
 
     async def _evaluate(self, count: int, split: Split) -> Evaluation:
@@ -404,56 +384,3 @@ class MultiModelEnvironment:
         if not tasks:
             raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")
         return tasks[0]
-
-    # -- the run folder -----------------------------------------------------------------------------------------
-
-    def _keep(
-        self, update: int, episodes: Sequence[Episode], failed: Sequence[FailedEpisode], record: UpdateRecord | None
-    ) -> None:
-        assert self.run_dir is not None
-        assert self._store is not None
-        self._store.record(update, episodes, failed, self.config.run.episodes_kept)
-        if record is not None:
-            MetricsFile(self.run_dir.metrics_path).append(record)
-
-    def _save(self, update: int) -> None:
-        from coterie.lm.adapters import save_adapter
-        from coterie.runs.checkpoint import Checkpoint, save_checkpoint
-
-        assert self.run_dir is not None
-        assert self._loop is not None
-        for model in self.models.values():
-            directory = self.run_dir.adapter_dir(model.adapter)
-            if not directory.exists():
-                save_adapter(self.base.bank.training(model.model_id), directory, self.base, model.adapter)
-        state = {
-            "base_fingerprint": self.base.fingerprint,
-            "mode": self.mode.state(),
-            "credit": self.credit.state(),
-            "calibration": self.calibration.to_json(),
-            "models": {
-                model_id: {
-                    "version": m.version,
-                    "weight_updates": m.weight_updates,
-                    "lora_adaptations": m.lora_adaptations,
-                }
-                for model_id, m in self.models.items()
-            },
-        }
-        folder = save_checkpoint(self.run_dir, Checkpoint(update, self._loop.learner.state(), state))
-        self.observer.note(f"saved {folder}")
-
-
-def _model_stats(model: LoRAModel) -> dict[str, Any]:
-    last = model.performance_history[-1] if model.performance_history else None
-    figures = ("accuracy", "efficiency", "score", "reward", "cooperation_score", "valid_rate", "entropy")
-    return {
-        "role": str(model.config.role),
-        "team_id": model.config.team_id,
-        "lora_rank": model.config.lora_rank,
-        "learning_rate": model.config.learning_rate,
-        "adapter": model.adapter.name,
-        "weight_updates": model.weight_updates,
-        "lora_adaptations": model.lora_adaptations,
-        "last": {name: getattr(last, name) for name in figures} if last else None,
-    }

@@ -40,9 +40,16 @@ class RunFolderError(CoterieError):
 
 
 class EngineError(CoterieError):
-    """An engine cannot serve a request."""
+    """An engine cannot serve. The run ends, unless it is a `RequestError`."""
 
     exit_code = 6
+
+
+class RequestError(EngineError):
+    """An engine refuses one request for what is in it: too long, or choices it cannot tell apart.
+
+    The engine is sound and goes on; the episode that asked has failed.
+    """
 
 
 class ScenarioError(CoterieError):

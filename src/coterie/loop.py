@@ -139,6 +139,7 @@ class TrainingLoop:
         for model in self.models:
             if stats.policies[model.model_id].stepped:
                 model.version += 1
+                model.adapter_dir = None
                 model.weight_updates += self.config.learner.passes
                 model.lora_adaptations += 1
                 await self.engine.publish(model.adapter, None)

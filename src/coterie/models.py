@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -72,7 +74,10 @@ class ModelPerformance:
 
 @dataclass(slots=True)
 class LoRAModel:
-    """One trained policy: its settings, its current adapter version, and its history."""
+    """One trained policy: its settings, its current adapter version, and its history.
+
+    The weights themselves are in the environment that trains it, and, once it saved them, in `adapter_dir`.
+    """
 
     config: ModelConfig
     version: int = 0
@@ -81,6 +86,8 @@ class LoRAModel:
     lora_adaptations: int = 0
     """Adapter versions published."""
     performance_history: list[ModelPerformance] = field(default_factory=list)
+    adapter_dir: Path | None = None
+    """Where the current version is saved, in PEFT format; None: nowhere yet."""
 
     @property
     def model_id(self) -> ModelId:
@@ -94,6 +101,21 @@ class LoRAModel:
         """What a table knows of this model when it holds `seat_id`."""
         c = self.config
         return PlayerCard(seat_id, c.model_id, c.role, c.team_id, c.specialization)
+
+    def stats(self) -> dict[str, Any]:
+        """Its settings, counters and last measured figures, in JSON values."""
+        last = self.performance_history[-1] if self.performance_history else None
+        figures = ("accuracy", "efficiency", "score", "reward", "cooperation_score", "valid_rate", "entropy")
+        return {
+            "role": str(self.config.role),
+            "team_id": self.config.team_id,
+            "lora_rank": self.config.lora_rank,
+            "learning_rate": self.config.learning_rate,
+            "adapter": self.adapter.name,
+            "weight_updates": self.weight_updates,
+            "lora_adaptations": self.lora_adaptations,
+            "last": {name: getattr(last, name) for name in figures} if last else None,
+        }
 
 
 def create_cooperative_team() -> list[ModelConfig]:

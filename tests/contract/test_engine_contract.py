@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from coterie.config import BaseConfig
-from coterie.errors import EngineError
+from coterie.errors import EngineError, RequestError
 from coterie.inference.base import Engine
 from coterie.inference.fake import ByteTokenizer, FakeServer, write_adapter
 from coterie.inference.fleet import Fleet
@@ -332,13 +332,14 @@ def test_a_new_version_is_served_as_soon_as_it_is_published(model: Subject) -> N
 
 @pytest.mark.parametrize("missing", [AdapterVersion("stranger", 0), AdapterVersion("trained", 99)])
 def test_a_version_that_was_never_published_is_refused(model: Subject, missing: AdapterVersion) -> None:
-    with pytest.raises(EngineError, match=missing.name):
+    with pytest.raises(EngineError, match=missing.name) as refused:
         ask(model, request_(adapter=missing))
+    assert not isinstance(refused.value, RequestError)  # it is not the request's fault
     assert ask(model, request_())[0].token_ids  # the engine goes on
 
 
 def test_a_prompt_that_does_not_fit_is_refused(model: Subject) -> None:
-    with pytest.raises(EngineError, match="token"):
+    with pytest.raises(RequestError, match="token"):
         ask(model, request_(prompt_ids=prompt(0, 4000)))
     assert ask(model, request_())[0].token_ids
 

@@ -87,3 +87,23 @@ def test_choices_continue_the_prefix(tiny_base: BaseModel) -> None:
     alone = chat.encode_choices(Observation(user="?"), ("yes", "no"))
     assert [chat.tokenizer.decode(list(c)) for c in after_colon] == [" yes", " no"]
     assert [chat.tokenizer.decode(list(c)) for c in alone] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "space"),
+    [
+        ("答案：", ""),
+        ("答案", ""),
+        ("答案:", " "),
+        ("答案： ", ""),
+        ("答案：\n", ""),
+        ("回答 (yes or no):", " "),
+        ("ответ", " "),
+    ],
+)
+def test_a_choice_follows_a_full_width_character_directly(tiny_base: BaseModel, prefix: str, space: str) -> None:
+    chat = tiny_base.chat
+    for choices in (("yes", "no"), ("正面", "负面")):
+        written = chat.encode_choices(Observation(user="?", prefix=prefix), choices)
+        assert written == tuple(tuple(chat.tokenizer.encode(space + c, add_special_tokens=False)) for c in choices)
+    assert written[0] != written[1]

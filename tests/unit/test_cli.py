@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -333,9 +335,10 @@ def test_an_error_in_training_comes_out_and_closes_the_display(run: RunDirectory
     def fail(trainer: Trainer) -> None:
         raise EngineError("out of cache")
 
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError) as raised:
         drive(run, lambda r, observer: Trainer(r, observer, fail), Display(sys.stdout))
     assert closed
+    assert raised.value.__notes__ == [f"no checkpoint yet in {run.path}\ngo on: coterie train --resume '{run.path}'"]
 
 
 def test_signals_are_only_held_while_entered() -> None:
@@ -350,6 +353,7 @@ class Environment:
 
     events: list[str] = []  # noqa: RUF012 - shared on purpose, the fixture empties it
     failure: BaseModelError | None = None
+    step: Callable[[Trainer], None] = staticmethod(lambda trainer: None)
 
     def __init__(self, run: RunDirectory, observer: Observer) -> None:
         self.run, self.observer = run, observer
@@ -359,7 +363,7 @@ class Environment:
         cls.events.append("from_config")
         if cls.failure is not None:
             raise cls.failure
-        return Trainer(run_dir, observer)
+        return Trainer(run_dir, observer, cls.step)
 
     @classmethod
     def resume(cls, run: RunDirectory, observer: Observer) -> Any:
@@ -437,6 +441,39 @@ def test_a_run_that_cannot_start_leaves_its_folder_free(
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(environment, "failure", None)
     assert invoke("train", config, "--folder", tmp_path / "run").exit_code == 0
+
+
+def fails_after_a_checkpoint(error: Exception) -> Callable[[Trainer], None]:
+    def step(trainer: Trainer) -> None:
+        if trainer.update == 3:
+            trainer.run.checkpoint_dir(2).mkdir()
+            trainer.run.complete_checkpoint(2)
+            raise error
+
+    return step
+
+
+def test_an_error_in_training_says_how_to_go_on(
+    config: Path, tmp_path: Path, environment: type[Environment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "step", staticmethod(fails_after_a_checkpoint(EngineError("out of cache"))))
+    folder = tmp_path / "my run"
+    result = invoke("train", config, "--folder", folder)
+    assert result.exit_code == 6
+    assert result.stderr == (
+        f"error: out of cache\nsaved up to update 2 in {folder}\ngo on: coterie train --resume '{folder}'\n"
+    )
+    # what was printed, typed
+    again = invoke(*shlex.split(result.stderr.splitlines()[-1].removeprefix("go on: coterie ")))
+    assert again.exit_code == 0
+    assert environment.events[-1] == "resume [2]"
+
+
+def test_a_bug_in_training_says_how_to_go_on_after_its_trace(run: RunDirectory) -> None:
+    with pytest.raises(ZeroDivisionError) as raised:
+        drive(run, lambda r, o: Trainer(r, o, fails_after_a_checkpoint(ZeroDivisionError())), PlainConsole(sys.stdout))
+    shown = "".join(traceback.format_exception(raised.value)).splitlines()
+    assert shown[-2:] == [f"saved up to update 2 in {run.path}", f"go on: coterie train --resume '{run.path}'"]
 
 
 def test_resume_goes_on_from_the_checkpoint(trained: RunDirectory, environment: type[Environment]) -> None:

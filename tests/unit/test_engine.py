@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from coterie.errors import EngineError
+from coterie.errors import EngineError, RequestError
 from coterie.inference.local.choices import build_trie
 from coterie.inference.local.engine import LocalEngine
 from coterie.inference.local.sampler import uniform
@@ -172,18 +172,29 @@ def test_after_publishing_the_old_version_is_gone_and_nothing_stale_is_served(en
     [
         (GenerateRequest((), A0, seed=0), "prompt_ids is empty"),
         (GenerateRequest(_prompt(1), A0, seed=0, max_tokens=0), "max_tokens 0"),
-        (GenerateRequest(_prompt(1), A0, seed=0, max_tokens=600), r"need 609 tokens.*holds 512"),
-        (GenerateRequest(_prompt(1), AdapterVersion("ghost", 0), seed=0), "ghost@v0 was never published"),
+        (
+            GenerateRequest(_prompt(1), A0, seed=0, max_tokens=600),
+            r"need 609 tokens.*cache holds 512; shorten.*raise engine\.cache_tokens",
+        ),
         (GenerateRequest(_prompt(1), A0, seed=0, choices=()), "choices is empty"),
         (GenerateRequest(_prompt(1), A0, seed=0, choices=((1,), (1,))), "choices 0 and 1 are the same"),
         (GenerateRequest(_prompt(1), A0, seed=0, choices=((1,), ())), "choice 1 has no tokens"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(engine: LocalEngine, bad: GenerateRequest, said: str) -> None:
-    with pytest.raises((EngineError, ValueError), match=said):
+    with pytest.raises(RequestError, match=said):
         _ask(engine, [bad])
     # and the engine goes on
     assert _ask(engine, [GenerateRequest(_prompt(1), A0, seed=0, max_tokens=1)])[0].token_ids
+
+
+def test_what_is_wrong_with_a_request_is_told_from_what_is_wrong_with_the_engine(engine: LocalEngine) -> None:
+    with pytest.raises(EngineError, match="ghost@v0 was never published") as missing:
+        _ask(engine, [GenerateRequest(_prompt(1), AdapterVersion("ghost", 0), seed=0)])
+    assert not isinstance(missing.value, RequestError)
+    roomy = LocalEngine(engine.base, cache_tokens=engine.base.context)
+    with pytest.raises(RequestError, match=r"base model's context holds \d+; shorten.*choose a base with a longer one"):
+        _ask(roomy, [GenerateRequest(_prompt(1), None, seed=0, max_tokens=engine.base.context)])
 
 
 def test_a_choice_that_begins_another_ends_with_the_stop_token() -> None:
@@ -191,7 +202,7 @@ def test_a_choice_that_begins_another_ends_with_the_stop_token() -> None:
     assert root.allowed == (1,)
     assert root.children[1].allowed == (2, 99)
     assert root.children[1].children[99].choice == 0
-    with pytest.raises(EngineError, match="begins another choice"):
+    with pytest.raises(RequestError, match="begins another choice"):
         build_trie(((1,), (1, 2)), None)
 
 
@@ -273,3 +284,34 @@ def test_in_another_dtype_weights_are_copied_again_after_they_changed(tiny_base:
         adapter.flat.add_(1.0)
     adapter.touch()
     assert not torch.equal(adapter.factors(torch.bfloat16)[name][1], before)
+
+
+def test_publishing_while_others_decode_changes_nothing_for_them(engine: LocalEngine) -> None:
+    request = GenerateRequest(_prompt(4), B0, seed=8, max_tokens=12, stop_ids=(10_000,))
+    (alone,) = _ask(engine, [request])
+
+    async def go() -> Generation:
+        asked = asyncio.ensure_future(engine.generate(request))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await engine.publish(AdapterVersion("a", 1), None)
+        return await asked
+
+    assert asyncio.run(go()).token_ids == alone.token_ids
+
+
+def test_a_kept_version_is_asked_for_while_the_learner_changes_the_weights(engine: LocalEngine) -> None:
+    bank = engine.base.bank
+    bank.keep(A0)
+    request = GenerateRequest(_prompt(4), A0, seed=8, max_tokens=6)
+    (before,) = _ask(engine, [request])
+    with torch.no_grad():
+        bank.training("a").flat.mul_(3.0)
+    bank.publish(AdapterVersion("a", 1))
+    engine.cache.clear()
+    (after,) = _ask(engine, [request])
+    assert after.logprobs == before.logprobs
+    assert bank.kept("a") == (A0,)
+    bank.drop(A0)
+    with pytest.raises(EngineError, match="a@v0"):
+        _ask(engine, [request])

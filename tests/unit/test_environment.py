@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
+import torch
 
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
-from coterie.errors import ConfigError, ScenarioError
+from coterie.errors import AdapterError, ConfigError, ScenarioError
 from coterie.models import (
     LoRAModel,
     ModelConfig,
@@ -62,6 +66,10 @@ def make(settings: Callable[..., RunConfig]) -> MakeEnvironment:
         return env
 
     return make
+
+
+A: dict[str, Any] = {"model_id": "a", "lora_rank": 4}
+B: dict[str, Any] = {"model_id": "b"}
 
 
 def own(task_id: str, **fields: Any) -> TrainingTask:
@@ -156,6 +164,106 @@ def test_a_model_may_be_given_as_a_lora_model() -> None:
     assert env.get_environment_stats()["models"]["mine"]["lora_rank"] == 4
 
 
+def test_a_trained_model_goes_on_in_another_environment(
+    settings: Callable[..., RunConfig], make: MakeEnvironment, tmp_path: Path
+) -> None:
+    config = settings(models=[A, B], updates=2, evaluation={"tasks": 0})
+    first = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(first.train())
+    given = first.models["a"]
+    weights = first.base.bank.training("a").flat.clone()
+    assert given.version == 2
+    second = make("c")
+    moved = second.add_model(given)
+    second.run_training_cycle(1)
+    assert (moved.version, moved.weight_updates, moved.lora_adaptations) == (3, 3, 3)
+    assert [p.update for p in moved.performance_history] == [1, 2, 1]
+    assert second.get_environment_stats()["models"]["a"]["adapter"] == "a@v3"
+    # the one given stays as it was, and where it was
+    assert (given.version, len(given.performance_history)) == (2, 2)
+    assert torch.equal(first.base.bank.training("a").flat, weights)
+    # a new environment that has not trained yet begins with these weights, and so does one that is training
+    third, fourth = make("c"), make("c", "d")
+    third.add_model(given)
+    fourth.run_training_cycle()
+    fourth.add_model(given)
+    for env in (third, fourth):
+        assert torch.equal(env.base.bank.training("a").flat, weights)
+        env.run_training_cycle()
+    asyncio.run(first.aclose())
+
+
+def test_a_resumed_model_can_be_taken_along(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    first = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(first.train())
+    asyncio.run(first.aclose())
+    resumed = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    other = MultiModelEnvironment(config=settings())
+    for model in resumed.models.values():
+        other.add_model(model)
+    for model_id in ("a", "b"):
+        before, after = (env.base.bank.training(model_id).flat for env in (resumed, other))
+        assert torch.equal(before, after)
+    asyncio.run(resumed.aclose())
+
+
+def test_a_trained_model_that_is_saved_nowhere_brings_no_weights(make: MakeEnvironment) -> None:
+    first = make("a", "b")
+    first.run_training_cycle()
+    with pytest.raises(
+        ConfigError, match=r"model a@v1 brings no weights: .* saved nowhere.* or add its config to start"
+    ):
+        make("c").add_model(first.models["a"])
+    assert make("c").add_model(first.models["a"].config).version == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_saved_adapter_that_does_not_fit_is_refused(
+    settings: Callable[..., RunConfig], make: MakeEnvironment, tmp_path: Path, training: bool
+) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    first = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(first.train())
+    asyncio.run(first.aclose())
+    folder = first.models["a"].adapter_dir
+    wrong = {
+        r"holds a@v1, not a@v2": LoRAModel(first.models["a"].config, version=2, adapter_dir=folder),
+        r"holds a@v1, not c@v1": LoRAModel(ModelConfig(model_id="c", lora_rank=4), version=1, adapter_dir=folder),
+        r"has rank 4 and alpha 16, but model 'a' has lora_rank 5": LoRAModel(
+            ModelConfig(model_id="a", lora_rank=5), version=1, adapter_dir=folder
+        ),
+        r"nowhere is not a PEFT LoRA adapter": LoRAModel(
+            first.models["a"].config, version=1, adapter_dir=tmp_path / "nowhere"
+        ),
+    }
+    for said, model in wrong.items():
+        env = make("x", "y")
+        if training:
+            env.run_training_cycle()
+        if not training:
+            env.add_model(model)
+        with pytest.raises(AdapterError, match=said):
+            env.add_model(model) if training else env.run_training_cycle()
+        if training:  # and nothing of it is left behind
+            assert list(env.models) == ["x", "y"]
+            env.run_training_cycle()
+            assert env.add_model(ModelConfig(model_id=model.model_id)).version == 0
+
+
+def test_a_run_does_not_give_an_id_to_a_second_model(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Its version 1 would be the other's."""
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    env.remove_model("a")
+    with pytest.raises(ConfigError, match=r"'a' was used earlier in run .*; choose another id"):
+        env.add_model(ModelConfig(model_id="a"))
+    env.add_model(ModelConfig(model_id="a2"))
+    assert list(env.models) == ["b", "a2"]
+    asyncio.run(env.aclose())
+
+
 def test_models_may_join_and_leave_while_training(make: MakeEnvironment) -> None:
     env = make("a", "b")
     env.run_training_cycle()
@@ -231,6 +339,17 @@ def test_a_task_that_needs_too_many_models_is_refused(make: MakeEnvironment) -> 
     env.add_task(own("pair"))
     with pytest.raises(ConfigError, match="task 'pair': the scenario has 2 seats"):
         env.run_training_cycle()
+
+
+def test_a_task_that_cannot_be_played_is_refused_when_it_is_queued(make: MakeEnvironment) -> None:
+    env = make("a", "b")
+    with pytest.raises(ScenarioError, match=r"task 'wrong', content of a classification task: form is None"):
+        env.add_task(own("wrong", content={"text": "The soup was awful."}))
+    assert env.get_environment_stats()["queued_tasks"] == 0
+    other = make("a", "b", scenario={"id": "signaling"})
+    with pytest.raises(ScenarioError, match=r"task 'wrong': content\['target'\] is 'sun'; it must be a number 0\.\.3"):
+        other.add_task(own("wrong", content={"target": "sun"}))
+    other.add_task(own("right", content={"target": 3}))
 
 
 def test_too_few_models_are_noticed_before_the_base_is_loaded(
@@ -412,10 +531,100 @@ def test_failed_episodes_are_counted_and_too_many_end_the_training(make: MakeEnv
         with_failures(0.4).run_training_cycle()
 
 
+def test_an_overlong_task_costs_its_own_episodes_only(make: MakeEnvironment, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{n}?", "answer": "{n}"}}\n' for n in range(20)))
+    env = make(
+        "a",
+        scenario={"id": "jsonl", "options": {"path": str(rows)}},
+        rollout={"tasks_per_update": 2, "group_size": 3, "max_failed_share": 0.5},
+        engine={"calibration": False, "cache_tokens": 256},
+    )
+    env.add_task(own("short", required_models=1, content={"prompt": "Well?", "answer": "yes"}))
+    env.add_task(own("long", required_models=1, content={"prompt": "and so on " * 300, "answer": "yes"}))
+    (record,) = env.run_training_cycle()
+    assert (record.metrics["episodes/played"], record.metrics["episodes/failed_share"]) == (3, 0.5)
+
+
 def test_a_scenario_without_training_tasks_is_named(make: MakeEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "tasks", lambda self, split, seed: iter(()))
     with pytest.raises(ScenarioError, match="no training task"):
         make("a", scenario=RECORDER).run_training_cycle()
+
+
+@pytest.mark.parametrize("scenario", [{}, {"id": "matrix"}])  # with right answers, and without
+def test_a_resumed_run_has_its_history(
+    settings: Callable[..., RunConfig], tmp_path: Path, scenario: dict[str, Any]
+) -> None:
+    models = [{"model_id": "a"}, {"model_id": "a.b"}, {"model_id": "c"}]  # more than seats: not all play every update
+    tables = {"scenario": scenario} if scenario else {}
+    rollout = {"tasks_per_update": 1, "group_size": 4}
+    config = settings(models=models, updates=3, evaluation={"tasks": 0}, rollout=rollout, **tables)
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    asyncio.run(env.aclose())
+    assert [len(model.performance_history) for model in env.models.values()] == [2, 2, 2]
+    run = RunDirectory.open(tmp_path / "run")
+    with run.metrics_path.open("a") as file:  # past the checkpoint: done again, so no part of the history yet
+        file.write(json.dumps({"update": 4, "seconds": {}, "metrics": {"play/a/episodes": 1.0}}) + "\n")
+    again = MultiModelEnvironment.resume(run)
+    for model_id, model in env.models.items():
+        assert again.models[model_id].performance_history == model.performance_history
+    assert again.get_environment_stats()["models"]["a"] == env.get_environment_stats()["models"]["a"]
+    asyncio.run(again.aclose())
+
+
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"models": [{"model_id": "a", "lora_rank": 16}, B]}, "lora_rank of model 'a' is 16, in the checkpoint 4"),
+    "alpha": ({"models": [A, {"model_id": "b", "lora_alpha": 1.0}]}, "lora_alpha of model 'b' is 1.0, in the ch"),
+    "targets": (
+        {"base": {"lora_targets": ["v_proj"]}},
+        r"base.lora_targets is ['v_proj'], in the checkpoint ['k_proj', 'q_proj']; put the old values back",
+    ),
+    "layers": ({"base": {"lora_layers": 0.5}}, "base.lora_layers is 0.5, in the checkpoint 1.0"),
+    "another model": ({"models": [A, B, {"model_id": "c"}]}, "models is a, b, c, in the checkpoint a, b"),
+    "several": (
+        {"models": [{"model_id": "a", "lora_rank": 5}], "base": {"lora_layers": 0.5}},
+        "models is a, in the checkpoint a, b; base.lora_layers is 0.5, in the checkpoint 1.0; lora_rank of model 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_config_that_no_longer_fits_the_checkpoint_is_told_before_loading(
+    settings: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: str
+) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    base = config.base.model_copy(update={"lora_targets": ("q_proj", "k_proj")})
+    config = config.model_copy(update={"base": base})
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    asyncio.run(env.aclose())
+    changes, said = EDITS[edit]
+    written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    changed = {**written, **changes, "base": {**written["base"], **changes.get("base", {})}}
+    (tmp_path / "run" / "config.toml").write_text(tomli_w.dumps(changed))
+    monkeypatch.setattr("coterie.lm.base.load_base", lambda config: pytest.fail("loaded"))
+    with pytest.raises(ConfigError) as refused:
+        MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    assert "config.toml no longer fits the checkpoint after update 1: " in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_what_may_change_between_two_processes_does_not_hinder_resume(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = settings(models=[A, B], updates=1, evaluation={"tasks": 0})
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
+    asyncio.run(env.train())
+    asyncio.run(env.aclose())
+    written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    written["updates"], written["models"][0]["learning_rate"] = 2, 1e-4
+    written["base"]["lora_targets"].reverse()
+    (tmp_path / "run" / "config.toml").write_text(tomli_w.dumps(written))
+    env = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
+    assert asyncio.run(env.train()).update == 2
+    asyncio.run(env.aclose())
 
 
 def test_a_closed_environment_lets_go_of_its_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:

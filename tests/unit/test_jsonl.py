@@ -402,6 +402,8 @@ def test_a_task_with_the_id_of_a_row_plays_that_row(build: Any) -> None:
 
 
 def test_a_task_with_bad_content_is_an_error(build: Any) -> None:
+    with pytest.raises(ScenarioError, match="task 't', content: answer: Field required"):
+        build(SUM).check_task(make_task(content={"prompt": "p"}))  # when it is queued
     with pytest.raises(ScenarioError, match=r"task 't', content: .*answer 'c' is not among the choices"):
         play(build(SUM), make_task(content={"prompt": "p", "choices": ["a", "b"], "answer": "c"}))
     with pytest.raises(ScenarioError, match="unknown key 'question'"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from coterie.errors import ConfigError, EngineError, ScenarioError
+from coterie.errors import ConfigError, EngineError, RequestError, ScenarioError
 from coterie.models import LoRAModel, ModelConfig
 from coterie.modes.base import build_mode
 from coterie.rollout.calibration import Calibration
@@ -25,6 +25,8 @@ from coterie.types import (
     Episode,
     FailedEpisode,
     Frozen,
+    GenerateRequest,
+    Generation,
     ModelRole,
     Observation,
     Outcome,
@@ -377,6 +379,38 @@ def test_a_broken_engine_is_not_the_scenarios_failure() -> None:
     engine.broken = True
     with pytest.raises(EngineError, match="the engine is broken"):
         groups(runner(engine=engine))
+
+
+class ShortEngine(LogitEngine):
+    """Refuses prompts of more than four tokens."""
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        if len(request.prompt_ids) > 4:
+            raise RequestError(f"needs {len(request.prompt_ids)} tokens; shorten it")
+        return await super().generate(request)
+
+
+def test_a_request_the_engine_refuses_fails_its_own_episode_and_says_whose_it_was() -> None:
+    async def play(task: TrainingTask, table: Table) -> Outcome:
+        await table["one"].act(Observation(user="short"), choices=("yes", "no"))
+        long = " ".join("word" for _ in range(6))
+        await table["one"].act(Observation(user=long if task.task_id == "long" else "short"), choices=("yes", "no"))
+        return Outcome({"one": 1.0})
+
+    where = runner(play, ("one",), engine=ShortEngine())
+    episodes, failed = groups(where, make_task(task_id="fine"), make_task(task_id="long"), group_size=2)
+    assert [e.task.task_id for e in episodes] == ["fine", "fine"]
+    said = "RequestError: task 'long', seat 'one', turn 2: needs 6 tokens; shorten it"
+    assert [(f.episode_id, f.error) for f in failed] == [("3.1.0", said), ("3.1.1", said)]
+
+
+def test_a_distribution_the_engine_refuses_says_whose_it_was() -> None:
+    async def play(task: TrainingTask, table: Table) -> Outcome:
+        await table["one"].distribution(Observation(user="a b c d e"), ("yes", "no"))
+        raise AssertionError("it was served")
+
+    with pytest.raises(RequestError, match="task 't', seat 'one', turn 1: needs 5 tokens"):
+        one(runner(play, ("one",), engine=ShortEngine()))
 
 
 @pytest.mark.parametrize(

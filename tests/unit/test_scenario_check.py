@@ -168,6 +168,12 @@ class ExactTakesTurns(Good):
         return {"success": float("nan")}
 
 
+class RefusesItsOwn(Good):
+    def check_task(self, task: TrainingTask) -> None:
+        if task.content["word"] == "d":
+            raise ScenarioError("no d")
+
+
 class BadScript(Good):
     scripts: Mapping[str, Script] = {"rude": lambda observation, choices, rng: "never"}
 
@@ -200,6 +206,7 @@ class BadScript(Good):
         (NeedsALeader, "a leader is heard: play raised AssertionError: led"),
         (ExactTakesTurns, "exact takes turns"),
         (ExactTakesTurns, "exact figure 'success' is not finite"),
+        (RefusesItsOwn, "task 'heldout-d': check_task() refuses the scenario's own task: ScenarioError: no d"),
         (BadScript, "script 'rude': play raised ScenarioError: seat 'one' answered 'never'"),
     ],
 )

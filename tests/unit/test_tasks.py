@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, permutations
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, ScenarioError
+from coterie.lm.embedded import resolve_base
 from coterie.modes.base import build_mode
 from coterie.scenarios.base import build_scenario
 from coterie.scenarios.practice import Answer, PracticeTable
@@ -229,7 +232,7 @@ def test_a_text_that_was_cut_off_meets_neither_length_nor_ending() -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_scores_are_accuracy_times_efficiency(task_type: TaskType, language: str) -> None:
     outcome, table = seated("competitor", task_type=task_type, content={}, answer=first_choice, language=language)
-    budget = 20 if task_type is TaskType.GENERATION else 12
+    budget = 12 + (0 if task_type in CHOOSING else 8 if language == "en" else 24)
     used = sum(len(turn.token_ids) for turn in table["seat_1"].turns)
     assert outcome.scores["seat_1"] == pytest.approx(outcome.accuracy["seat_1"] * (1 - 0.5 * used / budget))
 
@@ -291,7 +294,13 @@ def test_chinese_prompts_are_chinese(task_type: TaskType) -> None:
         for seen in table[seat].shown:
             text = re.sub(r"m\d", "", "".join((seen.system, seen.user, seen.prefix)))
             assert not re.findall(r"[A-Za-z]+", text)
+            assert not re.findall(r"[,.:;?!()]", text), "half-width punctuation"
         assert all(not re.search("[a-z]", turn.text) for turn in table[seat].turns if turn.choice is not None)
+
+
+@pytest.mark.parametrize(("language", "end"), [("en", "End with ?"), ("zh", "以？结尾")])
+def test_the_mark_is_written_as_the_language_writes_it(language: str, end: str) -> None:
+    assert KINDS[TaskType.GENERATION].question({**WRITE, "mark": "?"}, language, 0).endswith(end)
 
 
 def test_every_word_of_a_task_has_a_chinese_form() -> None:
@@ -445,6 +454,27 @@ def test_shared_resources_are_one_budget() -> None:
     assert efficiencies(0.8) == pytest.approx([1 - 0.5 * 12 / 40] * 2)
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_line_that_meets_everything_fits_in_its_tokens(language: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("smollm2-135m-instruct", allow_download=False))
+    _, table = seated(
+        "neutral", task_type=TaskType.GENERATION, content=WRITE, language=language, answer=lambda *_: "on " * 99
+    )
+    room = len(table["seat_1"].turns[0].token_ids)
+    generation = KINDS[TaskType.GENERATION]
+    for split in Split:
+        for first, second in permutations(words("thing", split), 2):
+            for mark in "!?":
+                content = {"words": [first, second], "limit": 3, "mark": mark}
+                written = {
+                    "en": f"{first} {second}{mark}",
+                    "zh": translate(first, "zh") + translate(second, "zh") + mark,
+                }
+                line = written[language].translate({33: "！", 63: "？"} if language == "zh" else {})
+                assert generation.accuracy(content, language, line, True) == 1.0
+                assert len(tokenizer.encode(line)) + 1 <= room, line  # and one that ends the turn
+
+
 # -- a user's own tasks -------------------------------------------------------------------------------------------
 
 
@@ -466,3 +496,51 @@ def test_a_task_may_bring_its_own_content() -> None:
     outcome, table = seated("neutral", task_type=TaskType.REASONING, content=content, answer=lambda s, o, c, r: "1000")
     assert outcome.accuracy == {"seat_1": 1.0}
     assert "7, 1000" in table["seat_1"].shown[0].user
+
+
+TOPIC = {"form": "topic", "labels": ["animal", "food"], "answer": "food", "noun": "soup", "place": "on the table"}
+
+
+@pytest.mark.parametrize(
+    ("task_type", "content", "said"),
+    [
+        ("classification", {"text": "Nice soup."}, "form is None; it must be one of 'sentiment', 'topic'"),
+        ("classification", {**SENTIMENT, "form": "mood"}, "form is 'mood'; it must be"),
+        ("classification", {k: v for k, v in SENTIMENT.items() if k != "labels"}, "labels: Field required"),
+        ("classification", {**SENTIMENT, "adjectiv": "x"}, "unknown key 'adjectiv' (did you mean 'adjective'?)"),
+        ("classification", {**SENTIMENT, "answer": "good"}, "answer 'good' is not among labels (positive, negative)"),
+        ("classification", {k: v for k, v in TOPIC.items() if k != "place"}, "place: Field required"),
+        ("classification", {**TOPIC, "labels": ["food", "food"]}, "labels has 'food' twice"),
+        ("reasoning", {"numbers": [1, 2]}, "answer: Field required"),
+        ("reasoning", {"numbers": [1, 2], "answer": 1}, "answer is 1, but the largest of numbers is 2"),
+        ("reasoning", {"numbers": [3], "answer": 3}, "numbers: "),
+        ("reasoning", {"numbers": ["1", "2"], "answer": 2}, "numbers.0"),
+        ("generation", {"words": ["river"], "limit": 4}, "mark: Field required"),
+        ("generation", {"words": ["river"], "limit": 4, "mark": "."}, "mark: "),
+        ("generation", {"words": ["river", "lamp"], "limit": 1, "mark": "!"}, "no room for 2 words"),
+        ("optimization", {"offer": [["pen", 1], ["cup", 2]]}, "offers: Field required; unknown key 'offer'"),
+        ("optimization", {"offers": [["pen", 1], ["cup"]]}, "offers.1.1: Field required"),
+        ("optimization", {"offers": [["pen", 1], ["cup", 1]]}, "all offers have the same price"),
+        ("collaboration", {"colours": ["red", "blue"], "items": ["cup", "hat"], "item": "hat"}, "colour: Field requ"),
+        ("collaboration", {**SECRET, "item": "bag"}, "item 'bag' is not among items (cup, hat)"),
+    ],
+)
+def test_content_a_task_cannot_be_played_with_is_named(task_type: str, content: Mapping[str, Any], said: str) -> None:
+    task = make_task(task_id="mine", task_type=task_type, content=content, required_models=2)
+    with pytest.raises(ScenarioError, match=rf"^task 'mine', content of a {task_type} task: ") as queued:
+        TASKS.check_task(task)
+    message = str(queued.value)
+    assert said in message
+    # what is expected, by an example that would pass
+    example = ast.literal_eval(message[message.index("it looks like ") + 14 : message.index(", or leave content out")])
+    TASKS.check_task(make_task(task_type=task_type, content=example))
+    with pytest.raises(ScenarioError, match="task 'mine', content"):
+        play(TASKS, task)
+
+
+@pytest.mark.parametrize("task_type", TaskType)
+def test_content_that_fits_is_accepted(task_type: TaskType) -> None:
+    TASKS.check_task(make_task(task_type=task_type))
+    for difficulty in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for content in made(task_type, difficulty, 10):
+            TASKS.check_task(make_task(task_type=task_type, content=content))

@@ -28,13 +28,14 @@ def say(text: str) -> None:
 
 
 def say_error(error: CoterieError) -> None:
-    """ "error: …" on standard error, coloured only on a terminal."""
+    """ "error: …" and the error's notes on standard error, coloured only on a terminal."""
     from rich.console import Console
     from rich.text import Text
 
     from coterie.monitor.tables import clean
 
-    message = clean(str(error))
+    notes = getattr(error, "__notes__", [])  # of BaseException.add_note, there once it was called
+    message = clean("\n".join([str(error), *notes]))
     if sys.stderr.isatty():
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     else:

@@ -138,7 +138,7 @@ def _resume(run: RunDirectory, observer: Observer) -> Trainable:
 
 
 def drive(run: RunDirectory, build: Build, observer: Observer) -> None:
-    """Build, train, and say what there is now and how to go on.
+    """Build, train, and say what there is now and how to go on. An error of the training says so in a note of its own.
 
     Raises:
         typer.Exit: 130 after Ctrl-C, 143 after SIGTERM, 1 when the training stopped by itself before its end.
@@ -153,7 +153,11 @@ def drive(run: RunDirectory, build: Build, observer: Observer) -> None:
             observer.stage("loading")
             environment = build(run, observer)
             stopping.request_stop = environment.request_stop
-            summary = asyncio.run(environment.train())
+            try:
+                summary = asyncio.run(environment.train())
+            except Exception as error:
+                error.add_note(_how_to_go_on(run))
+                raise
         if summary.table is not None:
             observer.table(summary.table)
     except KeyboardInterrupt:
@@ -165,10 +169,18 @@ def drive(run: RunDirectory, build: Build, observer: Observer) -> None:
         raise typer.Exit(128 + stopping.received if stopping.received is not None else 1)
 
 
-def _say_end(run: RunDirectory, summary: Summary | None) -> None:
-    from coterie.runs.directory import command, resume_command
+def _how_to_go_on(run: RunDirectory) -> str:
+    """What there is of a run that has not ended, and what to type."""
+    from coterie.runs.directory import resume_command
 
     saved = run.checkpoints()
+    what = f"saved up to update {saved[-1]} in {run.path}" if saved else f"no checkpoint yet in {run.path}"
+    return f"{what}\ngo on: {resume_command(run.path)}"
+
+
+def _say_end(run: RunDirectory, summary: Summary | None) -> None:
+    from coterie.runs.directory import command
+
     if summary is not None and summary.completed:
         say(f"\nrun: {run.path}")
         say(f"measure it again: {command('eval', run.path)}")
@@ -177,9 +189,7 @@ def _say_end(run: RunDirectory, summary: Summary | None) -> None:
         say("\nstopped before the training began; nothing was saved")
     else:
         how = "aborted" if summary is None else f"stopped after update {summary.update} of {run.config.updates}"
-        what = f"saved up to update {saved[-1]} in {run.path}" if saved else f"no checkpoint yet in {run.path}"
-        say(f"\n{how}; {what}")
-        say(f"go on: {resume_command(run.path)}")
+        say(f"\n{how}; {_how_to_go_on(run)}")
 
 
 class StopSignals:

@@ -18,8 +18,13 @@ class Engine(Protocol):
         ...
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        """Generate once. Raises `EngineError` when the adapter version was never published here, or the request
-        cannot fit (prompt and answer longer than the model's context, or than the cache)."""
+        """Generate once.
+
+        Raises:
+            RequestError: this request cannot be served and others can: prompt and answer longer than the model's
+                context or than the cache, an empty prompt, choices that are no set of different answers.
+            EngineError: the adapter version was never published here, or the engine is broken.
+        """
         ...
 
     async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None:

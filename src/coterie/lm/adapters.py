@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,14 +109,42 @@ def load_adapter(directory: Path, base: BaseModel) -> Adapter:
     return adapter
 
 
-def _check_base(directory: Path, base: BaseModel) -> None:
+def restore_adapter(adapter: Adapter, directory: Path, base: BaseModel, version: AdapterVersion) -> None:
+    """Fill an adapter in training with a saved version of its own model.
+
+    Raises:
+        AdapterError: as `load_adapter`; or the directory holds another version, or another rank or alpha.
+    """
+    ours = _ours(directory)
+    if ours is not None and AdapterVersion(ours["model_id"], ours["version"]) != version:
+        raise AdapterError(f"{directory} holds {ours['model_id']}@v{ours['version']}, not {version.name}")
+    saved = load_adapter(directory, base)
+    if (saved.rank, saved.alpha) != (adapter.rank, adapter.alpha):
+        raise AdapterError(
+            f"adapter {directory} has rank {saved.rank} and alpha {saved.alpha:g}, but model {version.model_id!r} has "
+            f"lora_rank {adapter.rank} and lora_alpha {adapter.alpha:g}; they must be the same"
+        )
+    with torch.no_grad():
+        adapter.flat.copy_(saved.flat)
+
+
+def _ours(directory: Path) -> dict[str, Any] | None:
+    """What Coterie wrote beside an adapter of its own: model_id, version, base_fingerprint."""
     path = directory / _OURS
     if not path.exists():
-        return
+        return None
     try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["base_fingerprint"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("model_id", "version", "base_fingerprint")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"adapter {directory}: {_OURS} is damaged: {error}") from error
+
+
+def _check_base(directory: Path, base: BaseModel) -> None:
+    ours = _ours(directory)
+    if ours is None:
+        return
+    fingerprint = ours["base_fingerprint"]
     if fingerprint != base.fingerprint:
         raise AdapterError(
             f"adapter {directory} was trained on another base (fingerprint {fingerprint}, "

@@ -11,6 +11,7 @@ no range pass through the bare base. Invariant: a token's gradient reaches exact
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ class AdapterBank:
             AdapterError: a target names no linear layer.
         """
         self.route = Route()
+        self._passing = threading.RLock()
+        self._routed = False
         self._pools: list[AdapterPool] = []
         self._training: dict[ModelId, Adapter] = {}
         self._versions: dict[ModelId, int] = {}
@@ -207,6 +210,20 @@ class AdapterBank:
         """Keep `adapter` under a version of its own; it is never trained."""
         self._frozen[version] = adapter
 
+    def keep(self, version: AdapterVersion) -> None:
+        """Freeze a copy of a model's current weights under `version`, so that it can still be asked while the learner
+        changes them."""
+        source = self._training[version.model_id]
+        copy = self.empty(source.rank, source.alpha)
+        with torch.no_grad():
+            copy.flat.copy_(source.flat)
+        copy.touch()
+        self.freeze(version, copy)
+
+    def kept(self, model_id: ModelId) -> tuple[AdapterVersion, ...]:
+        """Frozen versions of one model, oldest first."""
+        return tuple(sorted(version for version in self._frozen if version.model_id == model_id))
+
     def drop(self, version: AdapterVersion) -> None:
         """Forget a frozen version. Raises AdapterError when there is none."""
         if version not in self._frozen:
@@ -224,27 +241,37 @@ class AdapterBank:
         return version in self._frozen or self._versions.get(version.model_id) == version.version
 
     def get(self, version: AdapterVersion) -> Adapter:
-        """Raises AdapterError when this version is neither current nor kept."""
-        if self._versions.get(version.model_id) == version.version:
-            return self._training[version.model_id]
+        """The kept copy where there is one, else the adapter in training if it goes by this version.
+
+        Raises:
+            AdapterError: this version is neither current nor kept.
+        """
         if version in self._frozen:
             return self._frozen[version]
+        if self._versions.get(version.model_id) == version.version:
+            return self._training[version.model_id]
         current = self._versions.get(version.model_id)
         hint = f"its current version is {current}" if current is not None else "no such model is known"
         raise AdapterError(f"adapter {version.name} is not in the bank; {hint}")
 
     @contextmanager
     def routing(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """Within: packed tokens [start, end) of each segment go through its adapter."""
-        if self.route.segments:
-            raise RuntimeError("routing is already active; passes may not be nested")
-        self.route.segments = tuple(segments)
-        if not torch.is_grad_enabled():
-            self.route.single, self.route.batched = _divide(segments, self.device)
-        try:
-            yield
-        finally:
-            self.route.segments = self.route.single = self.route.batched = ()
+        """Within: packed tokens [start, end) of each segment go through its adapter.
+
+        One pass at a time: a pass of another thread waits (a learner at work while episodes are played).
+        """
+        with self._passing:
+            if self._routed:
+                raise RuntimeError("routing is already active; passes may not be nested")
+            self._routed = True
+            self.route.segments = tuple(segments)
+            if not torch.is_grad_enabled():
+                self.route.single, self.route.batched = _divide(segments, self.device)
+            try:
+                yield
+            finally:
+                self.route.segments = self.route.single = self.route.batched = ()
+                self._routed = False
 
 
 def _divide(segments: Sequence[Segment], device: torch.device) -> tuple[tuple[Segment, ...], tuple[Batched, ...]]:

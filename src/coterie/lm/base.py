@@ -55,7 +55,7 @@ class BaseModel:
 
     def hidden(self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,)."""
-        with self.bank.routing(segments) if segments else nullcontext():
+        with self.bank.routing(segments):
             return self._decode(token_ids, positions, plan)
 
     @contextmanager

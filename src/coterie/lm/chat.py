@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+from unicodedata import east_asian_width
 
 from coterie.errors import BaseModelError
 from coterie.types import Observation
@@ -44,8 +45,10 @@ class TokenizerChat:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def encode_choices(self, observation: Observation, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Ids of each choice; after a prefix that does not end in white space a space is put before the choice."""
-        space = " " if observation.prefix and not observation.prefix[-1].isspace() else ""
+        """Ids of each choice, as it is written after the prefix: with a space between, unless the prefix ends in white
+        space or in a full-width character ("答案："), which Chinese and Japanese continue directly."""
+        last = observation.prefix[-1:]
+        space = " " if last and not last.isspace() and east_asian_width(last) not in ("W", "F") else ""
         return tuple(self._encode(space + choice) for choice in choices)
 
     def decode(self, token_ids: Sequence[int]) -> str:

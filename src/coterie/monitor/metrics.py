@@ -9,9 +9,11 @@ the worth of advice comes from the episodes in which it was withheld by a coin t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from coterie.models import LoRAModel, ModelPerformance
 from coterie.scenarios.teamwork import response_quality
@@ -289,19 +291,47 @@ def _report(
         _set(metrics, f"play/{model_id}/{stat}", value)
     for task_type in sorted(by_type):
         metrics[f"accuracy/{model_id}/{task_type}"] = by_type[task_type]
+    performance = performance_of(update, model_id, metrics)
+    assert performance is not None
+    return performance
+
+
+def performance_of(update: int, model_id: ModelId, metrics: Mapping[str, float]) -> ModelPerformance | None:
+    """One model's part of an update's metrics as a performance; None where it held no seat.
+
+    The metrics of a run are kept, so this also brings back its history.
+    """
+    own = f"play/{model_id}/"
+    found = {name.removeprefix(own): value for name, value in metrics.items() if name.startswith(own)}
+    if "episodes" not in found:
+        return None
+    types = f"accuracy/{model_id}/"
     return ModelPerformance(
         update=update,
         model_id=model_id,
-        accuracy=score if accuracy is None else accuracy,
-        efficiency=1.0 if efficiency is None else efficiency,
-        score=score,
-        reward=reward,
-        cooperation_score=cooperation,
-        valid_rate=1.0 if valid_rate is None else valid_rate,
-        entropy=0.0 if entropy is None else entropy,
-        episodes=tally.seats,
-        by_task_type=by_type,
+        accuracy=found.get("accuracy", found["score"]),
+        efficiency=found.get("efficiency", 1.0),
+        score=found["score"],
+        reward=found["reward"],
+        cooperation_score=found.get("cooperation_score"),
+        valid_rate=found.get("valid_rate", 1.0),
+        entropy=found.get("entropy", 0.0),
+        episodes=round(found["episodes"]),
+        by_task_type={
+            TaskType(name.removeprefix(types)): value for name, value in metrics.items() if name.startswith(types)
+        },
     )
+
+
+def history_of(model_id: ModelId, entries: Iterable[Mapping[str, Any]]) -> list[ModelPerformance]:
+    """A model's performances from the lines of a metrics file, in which null stands for what was not finite."""
+    history = []
+    for entry in entries:
+        metrics = {name: math.nan if value is None else value for name, value in entry["metrics"].items()}
+        performance = performance_of(entry["update"], model_id, metrics)
+        if performance is not None:
+            history.append(performance)
+    return history
 
 
 def _set(metrics: dict[str, float], name: str, value: float | None) -> None:

@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from coterie.errors import ConfigError
 from coterie.models import LoRAModel
 from coterie.rollout.table import Holder
-from coterie.types import AdapterVersion, Frozen, ModelId, Person, PlayerCard, Seat, SeatId, Trained
+from coterie.scenarios.base import Scenario
+from coterie.types import (
+    AdapterVersion,
+    Frozen,
+    ModelId,
+    Person,
+    PlayerCard,
+    Seat,
+    SeatId,
+    Trained,
+    TrainingTask,
+)
 
 
 def assign(
@@ -50,6 +61,16 @@ def assign(
         else:
             holders[seat.seat_id] = Holder(PlayerCard(seat.seat_id, None), player, None, None)
     return holders
+
+
+def check_seats(scenario: Scenario, tasks: Sequence[TrainingTask], models: Sequence[LoRAModel]) -> None:
+    """Raises `ConfigError` naming the first task for whose seats there are too few models, or not the right ones."""
+    # most tasks have the same seats
+    for seats, task in {tuple(scenario.seats(task)): task for task in reversed(tasks)}.items():
+        try:
+            assign(seats, models)
+        except ConfigError as error:
+            raise ConfigError(f"task {task.task_id!r}: {error}") from error
 
 
 def trained(seat_id: SeatId, model: LoRAModel) -> Holder:

@@ -1,7 +1,7 @@
 """Playing many episodes at once.
 
 Every episode of an update is a coroutine; the engine batches whatever they ask at the same time. An episode that
-raises becomes a `FailedEpisode` with its cause, and the others go on.
+raises becomes a `FailedEpisode` with its cause, and the others go on; only an engine that is broken ends them all.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coterie.errors import EngineError, ScenarioError
+from coterie.errors import EngineError, RequestError, ScenarioError
 from coterie.models import LoRAModel
-from coterie.rollout.matchmaking import assign
+from coterie.rollout.matchmaking import assign, frozen_as
 from coterie.rollout.table import EpisodeTable, Holder, TableServices, stable_seed
 from coterie.scenarios.base import Scenario
 from coterie.types import (
@@ -86,10 +86,31 @@ class Runner:
     async def _guarded(self, plan: Plan) -> Episode | FailedEpisode:
         try:
             return await self.one(plan)
-        except EngineError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a scenario is foreign code; its failure is recorded, not fatal
+        except Exception as error:
+            # a scenario is foreign code, and what it asks may be refused: its failure is recorded, not fatal
+            if isinstance(error, EngineError) and not isinstance(error, RequestError):
+                raise  # a broken engine fails every episode
             return FailedEpisode(plan.episode_id, plan.task, f"{type(error).__name__}: {error}")
+
+    async def calibrate(self, tasks: Sequence[TrainingTask], models: Sequence[LoRAModel], rotate: bool) -> int:
+        """Find the biases of choices from these tasks, played by the bare base in the seats of `models`.
+
+        Returns how many choice sets got one. The engine is left with nothing cached.
+        """
+        services = self.services
+        base = {model.model_id: None for model in models}
+        plans = []
+        for number, task in enumerate(tasks):
+            holders = frozen_as(self.seating(task, models, number, rotate), base)
+            plans.append(Plan(task, holders, f"calibrate.{number}", "calibrate", 0))
+        services.calibration.recording = True
+        await self.play(plans)
+        services.calibration.recording = False
+        stops = services.chat.stop_ids
+        count = await services.calibration.fit(services.engine, stops[0] if stops else None)
+        for model in models:
+            await services.engine.publish(model.adapter, None)
+        return count
 
     def table(self, plan: Plan) -> EpisodeTable:
         """The table of one episode."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.errors import ScenarioError
+from coterie.errors import RequestError, ScenarioError
 from coterie.inference.base import ChatFormat, Engine
 from coterie.modes.base import Mode
 from coterie.registry import resolve
@@ -20,6 +20,7 @@ from coterie.scenarios.base import Script
 from coterie.types import (
     AdapterVersion,
     GenerateRequest,
+    Generation,
     ModelId,
     Observation,
     Person,
@@ -157,9 +158,8 @@ class EpisodeSeat:
         """See `SeatHandle.distribution`. Raises `ScenarioError` for a seat that no model holds."""
         if isinstance(self.holder.player, Scripted | Person):
             raise ScenarioError(f"seat {self.card.seat_id!r} is held by no model; it has no distribution")
-        generation = await self.table.services.engine.generate(
-            self._request(observation, choices, 1, temperature=1.0, distribution=True)
-        )
+        request = self._request(observation, choices, 1, temperature=1.0, distribution=True)
+        generation = await self._generate(request)
         assert generation.choice_probs is not None
         return generation.choice_probs
 
@@ -186,13 +186,21 @@ class EpisodeSeat:
             messages=_messages(observation),
         )
 
+    async def _generate(self, request: GenerateRequest) -> Generation:
+        """Ask the engine. Raises `RequestError` saying whose turn of which task it refuses."""
+        try:
+            return await self.table.services.engine.generate(request)
+        except RequestError as error:
+            where = f"task {self.table.task.task_id!r}, seat {self.card.seat_id!r}, turn {len(self.turns) + 1}"
+            raise RequestError(f"{where}: {error}") from error
+
     async def _generated(
         self, observation: Observation, choices: Sequence[str] | None, max_tokens: int, kind: str
     ) -> Turn:
         services = self.table.services
         request = self._request(observation, choices, max_tokens, temperature=services.temperature)
         services.calibration.saw(self.card.seat_id, choices, request)
-        made = await services.engine.generate(request)
+        made = await self._generate(request)
         if choices is not None and made.choice is not None:
             text = choices[made.choice]
         else:

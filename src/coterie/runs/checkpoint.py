@@ -29,7 +29,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     """Of the learner."""
     state: Mapping[str, Any]
-    """JSON values: "models", "mode", "credit", "calibration", "base_fingerprint"."""
+    """JSON values: "models", "lora_targets", "lora_layers", "mode", "credit", "calibration", "base_fingerprint"."""
 
 
 def save_checkpoint(run: RunDirectory, checkpoint: Checkpoint) -> Path:

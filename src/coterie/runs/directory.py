@@ -30,7 +30,7 @@ from coterie.config import RunConfig, load_config, parse_config
 from coterie.errors import ConfigError, RunFolderError
 from coterie.runs.lock import LOCK_NAME, locked
 from coterie.runs.sinks import MetricsFile, json_text, write_atomically
-from coterie.types import AdapterVersion
+from coterie.types import AdapterVersion, ModelId
 
 FORMAT = 1
 """Of the folder; raised when an older Coterie could no longer read it."""
@@ -146,6 +146,11 @@ class RunDirectory:
         parent = self.path / "adapters" / version.model_id
         parent.mkdir(parents=True, exist_ok=True)
         return parent / f"v{version.version}"
+
+    def holds_adapters(self, model_id: ModelId) -> bool:
+        """Whether any version of this model is kept here."""
+        folder = self.path / "adapters" / model_id
+        return folder.is_dir() and any(folder.iterdir())
 
     def checkpoint_dir(self, update: int) -> Path:
         """Where the checkpoint after `update` is kept; its parent exists, it itself is the writer's to make."""

@@ -106,6 +106,15 @@ class ExactlyMeasured(Protocol):
 
 
 @runtime_checkable
+class ChecksTasks(Protocol):
+    """A scenario that can say of a user's task, before it is played, whether it can be."""
+
+    def check_task(self, task: TrainingTask) -> None:
+        """Raises `ScenarioError` naming the task, what is wrong with its content, and what is expected."""
+        ...
+
+
+@runtime_checkable
 class HasScripts(Protocol):
     """A scenario that ships scripted players."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Protocol, runtime_checkable
 
-from coterie.scenarios.base import ExactlyMeasured, HasScripts, Scenario, ScenarioOptions, Script
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, Scenario, ScenarioOptions, Script
 from coterie.scenarios.practice import Answer, Hearing, PracticeTable, everyone, nobody
 from coterie.types import (
     ModelRole,
@@ -167,6 +167,11 @@ def _check_seats(scenario: Scenario, task: TrainingTask, problems: _Problems) ->
     for seat in seats:
         if seat.symmetric_with is not None and (seat.symmetric_with not in ids or seat.symmetric_with == seat.seat_id):
             problems.add(f"{seat.seat_id!r} is symmetric_with {seat.symmetric_with!r}, no other seat", _name(task))
+    if isinstance(scenario, ChecksTasks):
+        try:
+            scenario.check_task(task)
+        except Exception as error:  # noqa: BLE001 - as above
+            problems.add(f"check_task() refuses the scenario's own task: {_said(error)}", _name(task))
     if not ids or len(set(ids)) < len(ids):
         problems.add(f"seats() gives {ids}; there must be at least one, and none twice", _name(task))
         return []

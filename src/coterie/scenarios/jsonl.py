@@ -148,6 +148,10 @@ class JsonLines:
             for number in range(1, task.required_models + 1)
         ]
 
+    def check_task(self, task: TrainingTask) -> None:
+        """Raises `ScenarioError` for content that is no question, or none and no row of that id."""
+        self._question(task)
+
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
         question = self._question(task)
         speakers = advice_speakers(table)

@@ -38,6 +38,7 @@ class Question(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prompt: str = Field(min_length=1)
+    """What every seat is asked, word for word."""
     answer: str = Field(min_length=1)
     """The right answer; with `choices`, one of them."""
     choices: tuple[str, ...] | None = Field(default=None, strict=False)

@@ -135,6 +135,10 @@ class Signaling:
         first, *others = self._receivers
         return [Seat("sender"), Seat(first), *(Seat(other, symmetric_with=first) for other in others)]
 
+    def check_task(self, task: TrainingTask) -> None:
+        """Raises `ScenarioError` for a target that is none of the states; a task may have no content."""
+        self._target(task)
+
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
         target = self._target(task)
         symbols, targets = _word_lists(self.options, table.language)

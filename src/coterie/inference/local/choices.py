@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from coterie.errors import EngineError
+from coterie.errors import RequestError
 
 
 @dataclass(slots=True)
@@ -35,19 +35,19 @@ def build_trie(choices: tuple[tuple[int, ...], ...], stop_id: int | None) -> Tri
     """The trie of token sequences `choices`.
 
     Raises:
-        EngineError: no choices, an empty one, two equal ones, or one that begins another without a stop token.
+        RequestError: no choices, an empty one, two equal ones, or one that begins another without a stop token.
     """
     if not choices:
-        raise EngineError("choices is empty; give at least one, or None for free text")
+        raise RequestError("choices is empty; give at least one, or None for free text")
     root = TrieNode()
     for index, tokens in enumerate(choices):
         if not tokens:
-            raise EngineError(f"choice {index} has no tokens")
+            raise RequestError(f"choice {index} has no tokens")
         node = root
         for token in tokens:
             node = node.children.setdefault(token, TrieNode())
         if node.choice is not None:
-            raise EngineError(f"choices {node.choice} and {index} are the same tokens; make them differ")
+            raise RequestError(f"choices {node.choice} and {index} are the same tokens; make them differ")
         node.choice = index
     _finish(root, stop_id)
     return root
@@ -56,7 +56,7 @@ def build_trie(choices: tuple[tuple[int, ...], ...], stop_id: int | None) -> Tri
 def _finish(node: TrieNode, stop_id: int | None) -> int:
     if node.choice is not None and node.children:
         if stop_id is None:
-            raise EngineError(
+            raise RequestError(
                 f"choice {node.choice} begins another choice, and there is no stop token to tell them apart"
             )
         node.children[stop_id] = TrieNode(choice=node.choice)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from coterie.errors import EngineError
+from coterie.errors import EngineError, RequestError
 from coterie.inference.local.cache import Node, PrefixCache
 from coterie.inference.local.choices import TrieNode, build_trie
 from coterie.inference.local.sampler import (
@@ -87,6 +87,8 @@ class LocalEngine:
             raise EngineError("the in-process engine shares the learner's weights; publish with adapter_dir=None")
         self.base.bank.publish(version)
         self.cache.clear()
+        for run in self._runs:  # what was computed for those on their way is gone with the rest
+            run.node = self.cache.node(run.request.adapter, (*run.request.prompt_ids, *run.tokens))
 
     async def close(self) -> None:
         for run in self._runs:
@@ -115,19 +117,24 @@ class LocalEngine:
         length = len(request.prompt_ids) + longest
         limit = min(self.base.context, self.cache.slots)
         if not request.prompt_ids:
-            raise EngineError("prompt_ids is empty")
+            raise RequestError("prompt_ids is empty")
         if request.max_tokens < 1:
-            raise EngineError(f"max_tokens {request.max_tokens} must be at least 1")
+            raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
         if length > limit:
-            what = "context" if self.base.context <= self.cache.slots else "key/value cache (engine.cache_tokens)"
-            raise EngineError(f"prompt and answer need {length} tokens, but the {what} holds {limit}")
+            what, more = "key/value cache", "raise engine.cache_tokens"
+            if self.base.context <= self.cache.slots:
+                what, more = "base model's context", "choose a base with a longer one"
+            raise RequestError(
+                f"prompt and answer need {length} tokens, but the {what} holds {limit}; "
+                f"shorten the texts of the task or its answer, or {more}"
+            )
         if request.adapter is not None and not self.base.bank.holds(request.adapter):
             raise EngineError(f"adapter {request.adapter.name} was never published to this engine, or is gone")
 
     async def _exact(self, request: GenerateRequest) -> Generation:
         """Exact probability of every choice, by walking all branches of the trie."""
         if request.choices is None:
-            raise EngineError("distribution=True needs choices")
+            raise RequestError("distribution=True needs choices")
         root = build_trie(request.choices, self._stop_id(request))
         probs = [0.0] * len(request.choices)
         stack: list[tuple[TrieNode, tuple[int, ...], float]] = [(root, (), 1.0)]

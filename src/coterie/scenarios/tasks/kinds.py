@@ -24,7 +24,7 @@ class Kind(Protocol):
     """One kind of task."""
 
     max_tokens: int
-    """Of a free-text answer."""
+    """Of a free-text answer in English; Chinese has more."""
     everyone_advises: bool
     """True where what each seat knows is needed by the others, whoever leads."""
 
@@ -137,7 +137,8 @@ class Generation:
     def question(self, content: Content, language: str, seat: int) -> str:
         wanted = [translate(w, language) for w in content["words"]]
         limit = content["limit"] * (2 if language == "zh" else 1)
-        return text(language, _FILE, "generation", words=wanted, limit=limit, mark=content["mark"])
+        mark = _FULL_WIDTH[content["mark"]] if language == "zh" else content["mark"]
+        return text(language, _FILE, "generation", words=wanted, limit=limit, mark=mark)
 
     def choices(self, content: Content, language: str) -> None:
         return None
@@ -151,13 +152,16 @@ class Generation:
             said = re.findall(r"[a-z']+", answer.lower())
             length, limit = len(said), content["limit"]
             met = [w in said for w in wanted]
-        marks = {"!": "!！", "?": "?？"}[content["mark"]]  # Chinese writes them full-width
-        met += [ended and 0 < length <= limit, ended and answer.endswith(tuple(marks))]
+        marks = (content["mark"], _FULL_WIDTH[content["mark"]])  # either is an end, whatever the language
+        met += [ended and 0 < length <= limit, ended and answer.endswith(marks)]
         return sum(met) / len(met)
 
     def advice(self, content: Content, language: str, seat: int) -> tuple[str, tuple[str, ...]]:
         question = self.question(content, language, seat) + "\n" + text(language, _FILE, "ask_hint")
         return question, tuple(text(language, _FILE, "hints").split("|"))
+
+
+_FULL_WIDTH = {"!": "！", "?": "？"}
 
 
 class Optimization:

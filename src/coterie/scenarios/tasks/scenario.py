@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 
 from coterie.prompts.loader import text
 from coterie.scenarios.base import ScenarioOptions, Table
+from coterie.scenarios.tasks.content import check_content
 from coterie.scenarios.tasks.kinds import KINDS, Kind
 from coterie.scenarios.teamwork import advice_speakers, heard_by, response_quality, team_scores
 from coterie.types import (
@@ -39,6 +40,9 @@ from coterie.types import (
 _FILE = "tasks"
 _CHOICE_BUDGET = 12
 """Tokens a seat may spend on a choice answer and its advice before efficiency falls to one half."""
+_LENGTH = {"en": 1, "zh": 3}
+"""Tokens of free text by language, in those of the same text in English: the embedded model's vocabulary has whole
+English words, but takes two or three tokens for most Chinese characters."""
 
 
 class TasksOptions(ScenarioOptions):
@@ -99,7 +103,13 @@ class Tasks:
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return [Seat(f"seat_{i + 1}") for i in range(task.required_models)]
 
+    def check_task(self, task: TrainingTask) -> None:
+        """Raises `ScenarioError` for content that its type cannot be played with; a task may have none."""
+        if task.content:
+            check_content(task)
+
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        self.check_task(task)
         kind = KINDS[task.task_type]
         content = task.content or _own_content(task)
         game = _Game(kind, content, table)
@@ -123,6 +133,7 @@ class _Game:
         self.number = {seat: i for i, seat in enumerate(table.seats)}
         self.choices = kind.choices(content, self.language)
         self.tokens: dict[SeatId, int] = dict.fromkeys(table.seats, 0)
+        self.max_tokens = kind.max_tokens * _LENGTH[self.language]
 
     async def advise(self) -> tuple[dict[SeatId, str], dict[SeatId, Turn]]:
         """What each speaker advised, and the answers that were decided by speaking. Speakers do not hear each other."""
@@ -160,7 +171,7 @@ class _Game:
             system=_system(self.language, card, table.strategy, len(table.seats) - 1),
             prefix=text(self.language, _FILE, "advice" if kind == ADVICE else "answer") if choices else "",
         )
-        turn = await table[seat].act(observation, choices=choices, max_tokens=self.kind.max_tokens, kind=kind)
+        turn = await table[seat].act(observation, choices=choices, max_tokens=self.max_tokens, kind=kind)
         self.tokens[seat] += len(turn.token_ids)
         return turn
 
@@ -168,7 +179,7 @@ class _Game:
         return self.kind.accuracy(self.content, self.language, turn.text, turn.valid)
 
     def budget(self) -> int:
-        return _CHOICE_BUDGET if self.choices is not None else _CHOICE_BUDGET + self.kind.max_tokens
+        return _CHOICE_BUDGET if self.choices is not None else _CHOICE_BUDGET + self.max_tokens
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,105 @@
+"""Putting a run together: from settings and rules, which are light, to a loop that can train, which is not.
+
+    base -> an adapter for every model -> engine -> runner (scenario at tables) -> learner -> TrainingLoop
+
+Importing this imports torch; whoever must answer at once imports it late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from coterie.errors import AdapterError
+from coterie.evaluation import Evaluator
+from coterie.inference.local.engine import LocalEngine
+from coterie.lm.adapters import restore_adapter
+from coterie.lm.base import BaseModel, load_base
+from coterie.loop import TaskQueue, TrainingLoop
+from coterie.models import LoRAModel
+from coterie.monitor.console import Observer
+from coterie.rollout.runner import Runner
+from coterie.rollout.table import TableServices, stable_seed
+from coterie.runs.state import Parts
+from coterie.scenarios.base import HasScripts, Scenario
+from coterie.training.learner import Learner
+from coterie.types import TrainingTask
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """What a run trains with."""
+
+    base: BaseModel
+    loop: TrainingLoop
+
+
+def assemble(
+    scenario: Scenario,
+    parts: Parts,
+    own_tasks: Iterable[TrainingTask],
+    observer: Observer,
+    start: int,
+) -> Assembled:
+    """Load the base and put the parts together.
+
+    Args:
+        parts: they stay the caller's, and the loop changes them.
+        own_tasks: the user's queue; empty: the scenario's tasks are trained on.
+        start: updates that are done already.
+
+    Raises:
+        BaseModelError: the base cannot be found or used.
+        AdapterError: the saved adapter of a model that goes on does not fit it or the base.
+    """
+    config = parts.config
+    base = load_base(config.base)
+    for model in parts.models.values():
+        add_adapter(base, model, config.seed)
+    engine = LocalEngine(base, cache_tokens=config.engine.cache_tokens, tokens_per_pass=config.engine.tokens_per_pass)
+    services = TableServices(
+        engine=engine,
+        chat=base.chat,
+        mode=parts.mode,
+        scripts=scenario.scripts if isinstance(scenario, HasScripts) else {},
+        calibration=parts.calibration,
+        temperature=config.rollout.temperature,
+        language=config.rollout.language,
+        seed=config.seed,
+    )
+    runner = Runner(scenario, services)
+    models = list(parts.models.values())
+    tasks = TaskQueue(scenario, config.seed, start * config.rollout.tasks_per_update)
+    for task in own_tasks:
+        tasks.add(task)
+    loop = TrainingLoop(
+        config=config,
+        models=models,
+        mode=parts.mode,
+        credit=parts.credit,
+        engine=engine,
+        learner=Learner(base, [m.config for m in models], config.learner, config.updates),
+        runner=runner,
+        tasks=tasks,
+        evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats),
+        observer=observer,
+        update=start,
+    )
+    return Assembled(base, loop)
+
+
+def add_adapter(base: BaseModel, model: LoRAModel, seed: int) -> None:
+    """Give a model an adapter in training: the one saved where it stands, or, for a new model, one equal to the base.
+
+    Raises:
+        AdapterError: the saved one does not fit; the bank is then as it was.
+    """
+    c = model.config
+    adapter = base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, stable_seed(seed, "adapter", c.model_id) % 2**63)
+    if model.version and model.adapter_dir is not None:
+        try:
+            restore_adapter(adapter, model.adapter_dir, base, model.adapter)
+        except AdapterError:
+            base.bank.remove(c.model_id)
+            raise
+    base.bank.publish(model.adapter)
