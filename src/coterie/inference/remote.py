@@ -35,7 +35,15 @@ from coterie.inference.pool import NoServers
 from coterie.inference.sampling import Distribution, uniform
 from coterie.inference.sharing import InFlight
 from coterie.inference.trust import TierFailedError, Trust, UnfitServerError, allowed_logprobs, check_reply
-from coterie.inference.wire import FaultKind, RejectedRequest, ServerFault, ServerSpec, Transport, WireReply, WireRequest
+from coterie.inference.wire import (
+    FaultKind,
+    RejectedRequest,
+    ServerFault,
+    ServerSpec,
+    Transport,
+    WireReply,
+    WireRequest,
+)
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
 MAX_TOP = 20
