@@ -114,6 +114,11 @@ class SimServer:
         self.answered.append(call_id)
         return call_id
 
+    def metrics(self) -> dict[str, float]:
+        """Its queue, under vLLM's names."""
+        running = len(self._running)
+        return {"vllm:num_requests_running": running, "vllm:num_requests_waiting": self._present - running}
+
     def kill(self) -> None:
         """Every call under way is cut off; later ones are refused. Adapters are forgotten."""
         self.up = False
@@ -188,5 +193,4 @@ class SimFleet:
         self._reach(server, "health")
 
     async def metrics(self, server: ServerSpec) -> Mapping[str, float]:
-        self._reach(server, "metrics")
-        return self.gauges.get(server.name, {})
+        return self.gauges.get(server.name) or self._reach(server, "metrics").metrics()

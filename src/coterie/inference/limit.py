@@ -113,10 +113,10 @@ class Limit:
         """The server refused a call because it is full."""
         self._settle(max(1, self.value // 2))
 
-    def queued(self, waiting: int) -> None:
-        """The server says `waiting` of the calls it was given have not begun."""
-        if waiting > max(1, self.value // 4):
-            self._settle(max(1, self.value - waiting))
+    def queued(self, running: float, waiting: float) -> None:
+        """The server says that of the calls it was given so many run and so many have not begun."""
+        if waiting > max(1.0, self.value / 4):
+            self._settle(min(self.value, math.ceil(HEADROOM * running)))
 
     def _settle(self, value: int) -> None:
         self.value = max(1, min(value, self.most))
@@ -157,7 +157,7 @@ class Limit:
         elif self._first and before[0] > 1:
             # the first step already gained nothing: the knee may lie below the beginning
             self._known = before
-            self.value = max(1, int(before[0]) // 2)
+            self.value = max(1, min(FIRST, self.most) // 2)
             self._phase = _Phase.SHRINK
         else:
             self._settle(_knee(before, rate, self.value))
@@ -170,7 +170,7 @@ class Limit:
             self._known = (load, rate)
             self.value //= 2
         else:
-            self._settle(_knee((load, rate), above_rate, int(above)))
+            self._settle(_knee((load, rate), above_rate, math.ceil(HEADROOM * above)))
 
     def _hold(self, load: float, latency: float) -> None:
         if self._held_latency is None:
@@ -196,7 +196,7 @@ class Limit:
         elif self._higher:
             self._settle(self._held)
         else:
-            self._settle(self._held if _gains((load, rate), held) else self.value)
+            self._settle(self._held if _gains((load, rate), held) else math.ceil(HEADROOM * self.value))
 
 
 def _gains(low: tuple[float, float], high: tuple[float, float]) -> bool:

@@ -131,7 +131,10 @@ class ServerPool:
             ServerFault: REJECTED at once; any other once the attempts or the time are used up, or no server could
                 do better.
             NoServers: no server can serve it in time.
+            ValueError: a weight that is not above 0.
         """
+        if not weight > 0:
+            raise ValueError(f"weight {weight} must be above 0: the size of the call")
         self._enter()
         self._tickets += 1
         ticket = Ticket(self._tickets, needs, prefix, weight, self._clock() + timeout_s, patient)
@@ -233,7 +236,7 @@ class ServerPool:
             member.alarms.discard(alarm)
         took = self._clock() - sent
         self._answered(member)
-        member.latency.add(took / ticket.weight)
+        member.latency.add(took, ticket.weight)
         member.limit.done(measured, took, ticket.weight)
         return answer
 

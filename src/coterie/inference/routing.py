@@ -35,17 +35,24 @@ LOAD_BOUND = 1.25
 
 
 class Latency:
-    """Mean seconds of a call of weight 1: of all calls at first, then weighing the latest tenth each."""
+    """Mean seconds of a call of weight 1: seconds over weight, of all calls at first, then weighing the latest a
+    tenth. Both are averaged before they are divided, for a small call that had to wait says little of speed."""
 
     def __init__(self) -> None:
-        self.mean: float | None = None
         self._count = 0
+        self._seconds = 0.0
+        self._weight = 0.0
 
-    def add(self, seconds: float) -> None:
+    @property
+    def mean(self) -> float | None:
+        """None: no call was answered yet."""
+        return self._seconds / self._weight if self._count else None
+
+    def add(self, seconds: float, weight: float) -> None:
         """One answered call."""
         self._count = min(self._count + 1, 10)
-        mean = self.mean or 0.0
-        self.mean = mean + (seconds - mean) / self._count
+        self._seconds += (seconds - self._seconds) / self._count
+        self._weight += (weight - self._weight) / self._count
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class ServerState:
     adapters: tuple[str, ...]
     """Known to be loaded there."""
     mean_latency_s: float | None
-    """Of answered calls, moving; None: none was answered yet."""
+    """Of an answered call per weight, moving; None: none was answered yet."""
     limit: int = 0
     """Calls it is given at once, as learnt."""
 
@@ -162,10 +169,12 @@ class Member:
         """Take in what the server says of its own load (vLLM's metric names)."""
         self.waiting = int(metrics.get("vllm:num_requests_waiting", 0.0))
         running = int(metrics.get("vllm:num_requests_running", 0.0))
-        self.foreign = max(0, running + self.waiting - self.in_flight)
+        there = running + self.waiting
+        self.foreign = max(0, there - self.in_flight)
         self.cache_usage = metrics.get("vllm:kv_cache_usage_perc", 0.0)
-        if self.in_flight:
-            self.limit.queued(min(self.waiting, self.in_flight))
+        if self.in_flight and there:
+            ours = min(1.0, self.in_flight / there)
+            self.limit.queued(ours * running, ours * self.waiting)
 
 
 class Router:
