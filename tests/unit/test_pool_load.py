@@ -216,6 +216,8 @@ def feed(limit: Limit, latency_at: Callable[[int], float], calls: int, seed: int
         clock, _, sent, latency = heapq.heappop(under_way)
         limit.done(sent, latency, 1.0)
         values.append(limit.value)
+    for _, _, sent, _ in under_way:
+        limit.dropped(sent)
     return values
 
 
@@ -247,12 +249,12 @@ def test_a_limit_is_never_past_what_is_configured_and_never_below_one() -> None:
 
 def test_a_server_that_says_calls_wait_there_is_given_fewer() -> None:
     limit = Limit(64)
-    limit.queued(running=FIRST - 1, waiting=1)
-    assert limit.value == FIRST, "one that waits keeps the server busy"
+    limit.queued(running=FIRST / 2, waiting=FIRST / 2)
+    assert limit.value == FIRST, "as many as run may wait, so that the server is kept busy"
     limit.queued(running=2, waiting=FIRST - 2)
-    assert limit.value == 3
-    limit.queued(running=200, waiting=50)
-    assert limit.value == 3, "what it runs of others' is no reason to give it more"
+    assert limit.value == 4
+    limit.queued(running=200, waiting=500)
+    assert limit.value == 4, "what it runs of others' is no reason to give it more"
 
 
 def test_calls_sent_to_a_server_that_is_hardly_used_teach_no_limit() -> None:
