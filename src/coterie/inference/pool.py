@@ -305,6 +305,12 @@ class ServerPool:
         """Whether any server may take a call now, or after a pause it asked for."""
         return any(m.breaker.state is not BreakerState.OPEN for m in self._places.present())
 
+    @property
+    def ready(self) -> bool:
+        """Whether any server takes calls now: neither out nor in a pause it asked for."""
+        now = self._clock()
+        return any(m.serves(now) for m in self._places.present())
+
     # -- adapters -------------------------------------------------------------------------------------------------
 
     @property
