@@ -73,8 +73,11 @@ class Outcome:
 class System(Protocol):
     """One way."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     async def run(self, workload: Workload, urls: Sequence[str], half: Half) -> Outcome: ...
 

@@ -203,9 +203,11 @@ class Router:
         if self.policy == "round_robin":
             self._turn += 1
             return free[self._turn % len(free)]
+        if len(able) == 1:
+            return free[0]
         best = min((m.latency.mean for m in able if m.latency.mean is not None), default=0.0)
         seconds = {m.name: m.seconds(now, best) for m in able}
-        free = [m for m in free if len(able) == 1 or _worth(m, able, seconds, waiting)]
+        free = _worth(able, seconds, waiting)
         if not free:
             return None
         if self.policy == "prefix" and prefix is not None:
@@ -224,18 +226,22 @@ def _load(member: Member, seconds: float) -> tuple[float, float, int, float]:
     return (seconds * (1 + used), used, member.waiting, member.cache_usage)
 
 
-def _worth(member: Member, able: Sequence[Member], seconds: Mapping[str, float], waiting: int) -> bool:
-    """Whether a call is done sooner there than after all that wait have gone to faster members."""
-    own = seconds[member.name]
-    faster = [m for m in able if seconds[m.name] < own]
-    if not faster:
-        return True
-    rate = sum(m.limit.value / seconds[m.name] for m in faster if seconds[m.name] > 0)
-    if rate <= 0:
-        return True  # nothing is known of them yet
-    drained = waiting / rate + min(seconds[m.name] for m in faster)
-    # while a faster one is free, being twice as slow is no reason yet to leave this one out: means are noisy
-    return own <= (2 * drained if any(m.places(learnt=True) > 0 for m in faster) else drained)
+def _worth(able: Sequence[Member], seconds: Mapping[str, float], waiting: int) -> list[Member]:
+    """Members with a free place where a call is done sooner than after all that wait have gone to faster ones."""
+    found: list[Member] = []
+    rate = 0.0
+    """Calls a second of the members faster than the one looked at."""
+    best = seconds[min(able, key=lambda m: seconds[m.name]).name]
+    for member in sorted(able, key=lambda m: seconds[m.name]):
+        own = seconds[member.name]
+        # while a faster one is free, being twice as slow is no reason yet to leave this one out: means are noisy
+        patience = 2.0 if found else 1.0
+        if own > best and rate > 0 and own > patience * (waiting / rate + best):
+            break  # and so for all that are slower still
+        if member.places(learnt=True) > 0:
+            found.append(member)
+        rate += member.limit.value / own if own > 0 else 0.0
+    return found
 
 
 def _sticky(prefix: int, free: Sequence[Member], able: Sequence[Member], seconds: Mapping[str, float]) -> Member | None:
