@@ -33,6 +33,7 @@ help:
 	@echo "make lint    ruff, mypy and the import direction"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make model   fetch the embedded base model"
+	@echo "make bench   measure Coterie beside its peers, hours; make bench ARGS=--quick only shows that it runs"
 	@echo "make setup   only set up: $(VENV) with Coterie and its development tools, and the base model"
 	@echo "make clean   remove environments and tool caches (not the base model, not runs)"
 
@@ -56,6 +57,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 setup: $(VENV)/.dev model
 
