@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from coterie.config import RunConfig, load_config
     from coterie.environment import MultiModelEnvironment
     from coterie.errors import CoterieError
+    from coterie.inference.client import VLLMClient
     from coterie.models import (
         LoRAModel,
         ModelConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "TaskType",
     "TrainingMode",
     "TrainingTask",
+    "VLLMClient",
     "create_competitive_models",
     "create_cooperative_team",
     "create_team_battle_models",
@@ -45,6 +47,7 @@ _HOME = {
     "TaskType": "types",
     "TrainingMode": "types",
     "TrainingTask": "types",
+    "VLLMClient": "inference.client",
 }
 
 

@@ -1,13 +1,15 @@
 """What every engine keeps (`coterie.inference.base.Engine`), whatever generates behind it.
 
-To hold another engine to it: write a function from the tiny base's directory to a `Subject`, and add it to `ENGINES`.
+To hold another engine to it: write a context manager from the tiny base's directory (and one to write in) to a
+`Subject`, and add it to `ENGINES`. Where no model answers, what only a model can keep is not asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ import torch
 from coterie.config import BaseConfig
 from coterie.errors import EngineError, RequestError
 from coterie.inference.base import Engine
+from coterie.inference.fake import ByteTokenizer, FakeServer, write_adapter
+from coterie.inference.fleet import Fleet
+from coterie.inference.http import HttpControl, HttpTransport
 from coterie.inference.local.engine import LocalEngine
+from coterie.inference.loop_thread import LoopThread
+from coterie.inference.pool import ServerPool
+from coterie.inference.publisher import Publisher
+from coterie.inference.remote import RemoteEngine
+from coterie.inference.simulated import SimulatedEngine
+from coterie.inference.tiers import TieredEngine
 from coterie.lm.base import load_base
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
@@ -30,15 +41,18 @@ VOCABULARY = 300
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine over the tiny base with `TRAINED` and `UNTRAINED` published."""
+    """An engine over some base with `TRAINED` and `UNTRAINED` published."""
 
     engine: Engine
     stop_ids: tuple[int, ...]
     publish_other: Callable[[AdapterVersion], Coroutine[Any, Any, None]]
     """Publish this version of model "trained", with other weights than before."""
+    model: bool = True
+    """Whether a model answers, so that adapters, temperatures and biases change what it says."""
 
 
-def local(tiny: Path) -> Subject:
+@contextmanager
+def local(tiny: Path, aside: Path) -> Iterator[Subject]:
     base = load_base(BaseConfig(model=str(tiny), threads=1, dtype="float32"))
     bank = base.bank
     for version, rank in ((TRAINED, 4), (UNTRAINED, 7)):
@@ -58,21 +72,117 @@ def local(tiny: Path) -> Subject:
         change(0.7)
         await engine.publish(version, None)
 
-    return Subject(engine, base.chat.stop_ids, publish_other)
+    yield Subject(engine, base.chat.stop_ids, publish_other)
 
 
-ENGINES = [pytest.param(local, id="local")]
+class WideTokenizer(ByteTokenizer):
+    """The fake's, with more ids than the contract asks about."""
+
+    vocabulary = VOCABULARY + 100
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return super().decode([i for i in ids if i < 259])
+
+
+@contextmanager
+def remote(tiny: Path, aside: Path, servers: int = 1, share: bool = True, tiers: bool = False) -> Iterator[Subject]:
+    """Servers in a loop of their own, as processes would be: the engine's loop changes from test line to test line."""
+    thread = LoopThread("servers")
+    fakes = [FakeServer(seed=3, tokenizer=WideTokenizer()) for _ in range(servers)]
+    for fake in fakes:
+        thread.run(fake.__aenter__())
+    control, transport = HttpControl(), HttpTransport()
+    pool = ServerPool([fake.spec for fake in fakes], control, policy="round_robin")
+    publisher = Publisher(pool, control, transport, quorum=1.0, canary_tolerance=0.01)
+    fleet = Fleet(pool, control, publisher, closing=(control.close,))
+    bare = RemoteEngine(transport, fleet, **({} if share else {"max_top": 2, "remembered": 0}))
+    ladder = TieredEngine([bare, SimulatedEngine()])
+    engine: Engine = ladder if tiers else bare
+
+    async def publish_other(version: AdapterVersion) -> None:
+        await engine.publish(version, write_adapter(aside / version.name, seed=version.version))
+
+    async def prepare() -> None:
+        await engine.publish(UNTRAINED, write_adapter(aside / UNTRAINED.name, seed=99, zero=True))
+        await publish_other(TRAINED)
+
+    async def finish() -> None:
+        await engine.close()
+
+    RESTING.append(ladder.rest)
+    try:
+        run(prepare())
+        yield Subject(engine, WideTokenizer.stop_ids, publish_other)
+        run(finish())
+        for fake in fakes:
+            thread.run(fake.close())
+    finally:
+        RESTING.clear()
+        thread.close()
+
+
+@contextmanager
+def two_servers(tiny: Path, aside: Path) -> Iterator[Subject]:
+    with remote(tiny, aside, servers=2) as subject:
+        yield subject
+
+
+@contextmanager
+def drawn_by_servers(tiny: Path, aside: Path) -> Iterator[Subject]:
+    """Servers that tell two log-probabilities at a step: larger sets are drawn there and measured in parts."""
+    with remote(tiny, aside, share=False) as subject:
+        yield subject
+
+
+@contextmanager
+def tiered(tiny: Path, aside: Path) -> Iterator[Subject]:
+    with remote(tiny, aside, tiers=True) as subject:
+        yield subject
+
+
+@contextmanager
+def simulated(tiny: Path, aside: Path) -> Iterator[Subject]:
+    engine = SimulatedEngine()
+
+    async def publish_other(version: AdapterVersion) -> None:
+        await engine.publish(version, None)
+
+    yield Subject(engine, (2,), publish_other, model=False)
+
+
+ENGINES = [
+    pytest.param(local, id="local"),
+    pytest.param(remote, id="remote"),
+    pytest.param(two_servers, id="two-servers"),
+    pytest.param(drawn_by_servers, id="drawn-by-servers"),
+    pytest.param(tiered, id="tiered"),
+]
+
+
+@pytest.fixture(params=[*ENGINES, pytest.param(simulated, id="simulated")])
+def subject(request: pytest.FixtureRequest, tiny_path: Path, tmp_path: Path) -> Iterator[Subject]:
+    with request.param(tiny_path, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(params=ENGINES)
-def subject(request: pytest.FixtureRequest, tiny_path: Path) -> Subject:
-    made: Subject = request.param(tiny_path)
-    return made
+def model(request: pytest.FixtureRequest, tiny_path: Path, tmp_path: Path) -> Iterator[Subject]:
+    """A subject behind which a model answers."""
+    with request.param(tiny_path, tmp_path) as made:
+        yield made
+
+
+RESTING: list[Callable[[], Coroutine[Any, Any, None]]] = []
+"""Let go of what belongs to an event loop, at its end."""
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     async def bounded() -> Any:
-        return await asyncio.wait_for(work, 60)
+        try:
+            return await asyncio.wait_for(work, 60)
+        finally:
+            for rest in RESTING:
+                await rest()
 
     return asyncio.run(bounded())
 
@@ -108,7 +218,7 @@ def test_a_generation_is_about_its_request(subject: Subject) -> None:
         assert made.prompt_ids == request.prompt_ids
         assert made.adapter == request.adapter
         assert made.tier is subject.engine.tier
-        assert made.tier in (Tier.LOCAL, Tier.HTTP, Tier.CAMEL)
+        assert (made.tier in (Tier.LOCAL, Tier.HTTP, Tier.CAMEL)) == subject.model
         assert made.latency_s >= 0
         assert len(made.token_ids) >= 1
         assert len(made.logprobs) == len(made.token_ids) == len(made.entropy)
@@ -166,73 +276,72 @@ def test_a_seed_decides_whatever_else_is_asked_at_the_same_time(subject: Subject
     assert len({made.token_ids for made in ask(subject, *(request_(seed=s, max_tokens=5) for s in range(12)))}) > 6
 
 
-def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one(subject: Subject) -> None:
+def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one(model: Subject) -> None:
     request = request_(5, choices=CHOICES[:1] + CHOICES[4:], temperature=0.0)
-    warm = distribution(subject, replace(request, temperature=1.0))
+    warm = distribution(model, replace(request, temperature=1.0))
     for seed in range(5):
-        (made,) = ask(subject, replace(request, seed=seed))
+        (made,) = ask(model, replace(request, seed=seed))
         assert made.choice == max(range(2), key=warm.__getitem__)
         assert math.exp(sum(made.logprobs)) == pytest.approx(max(warm), rel=1e-3)
-    texts = ask(subject, *(request_(6, seed=seed, max_tokens=4, temperature=0.0) for seed in range(5)))
+    texts = ask(model, *(request_(6, seed=seed, max_tokens=4, temperature=0.0) for seed in range(5)))
     assert len({made.token_ids for made in texts}) == 1
 
 
-def test_temperature_flattens(subject: Subject) -> None:
+def test_temperature_flattens(model: Subject) -> None:
     spread = [
-        max(distribution(subject, request_(7, choices=CHOICES[:1] + CHOICES[4:], temperature=t)))
-        for t in (0.3, 1.0, 5.0)
+        max(distribution(model, request_(7, choices=CHOICES[:1] + CHOICES[4:], temperature=t))) for t in (0.3, 1.0, 2.0)
     ]
     assert spread[0] > spread[1] > spread[2] > 0.5
 
 
-def test_a_bias_is_added_to_the_logits(subject: Subject) -> None:
+def test_a_bias_is_added_to_the_logits(model: Subject) -> None:
     choices = ((10,), (20,))
-    plain = distribution(subject, request_(8, choices=choices))
-    moved = distribution(subject, request_(8, choices=choices, bias={10: 1.5}))
+    plain = distribution(model, request_(8, choices=choices))
+    moved = distribution(model, request_(8, choices=choices, bias={10: 1.5}))
     odds = [math.log(p[0] / p[1]) for p in (plain, moved)]
     assert odds[1] - odds[0] == pytest.approx(1.5, abs=0.01)
-    (forced,) = ask(subject, request_(8, max_tokens=3, bias={77: 100.0}))
+    (forced,) = ask(model, request_(8, max_tokens=3, bias={77: 100.0}))
     assert forced.token_ids == (77, 77, 77)
-    (forbidden,) = ask(subject, request_(8, choices=choices, bias={10: -100.0}))
+    (forbidden,) = ask(model, request_(8, choices=choices, bias={10: -100.0}))
     assert forbidden.choice == 1
 
 
-def test_an_untrained_adapter_equals_the_base_and_a_trained_one_does_not(subject: Subject) -> None:
+def test_an_untrained_adapter_equals_the_base_and_a_trained_one_does_not(model: Subject) -> None:
     bare, untrained, trained = (
-        distribution(subject, request_(9, adapter, choices=CHOICES)) for adapter in (None, UNTRAINED, TRAINED)
+        distribution(model, request_(9, adapter, choices=CHOICES)) for adapter in (None, UNTRAINED, TRAINED)
     )
     assert untrained == pytest.approx(bare, abs=1e-4)
     assert max(abs(a - b) for a, b in zip(trained, bare, strict=True)) > 0.01
 
 
-def test_a_new_version_is_served_as_soon_as_it_is_published(subject: Subject) -> None:
+def test_a_new_version_is_served_as_soon_as_it_is_published(model: Subject) -> None:
     request = request_(10, choices=CHOICES)
-    before = distribution(subject, request)
+    before = distribution(model, request)
     new = replace(TRAINED, version=TRAINED.version + 1)
-    run(subject.publish_other(new))
-    after = distribution(subject, replace(request, adapter=new))
+    run(model.publish_other(new))
+    after = distribution(model, replace(request, adapter=new))
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 0.01
     # and what is measured and what is sampled are the same weights
-    (made,) = ask(subject, replace(request, adapter=new))
+    (made,) = ask(model, replace(request, adapter=new))
     assert made.choice is not None
     assert math.exp(sum(made.logprobs)) == pytest.approx(after[made.choice], rel=0.01)
     # other models are not touched
-    bare, untrained = (distribution(subject, request_(10, a, choices=CHOICES)) for a in (None, UNTRAINED))
+    bare, untrained = (distribution(model, request_(10, a, choices=CHOICES)) for a in (None, UNTRAINED))
     assert untrained == pytest.approx(bare, abs=1e-4)
 
 
 @pytest.mark.parametrize("missing", [AdapterVersion("stranger", 0), AdapterVersion("trained", 99)])
-def test_a_version_that_was_never_published_is_refused(subject: Subject, missing: AdapterVersion) -> None:
+def test_a_version_that_was_never_published_is_refused(model: Subject, missing: AdapterVersion) -> None:
     with pytest.raises(EngineError, match=missing.name) as refused:
-        ask(subject, request_(adapter=missing))
+        ask(model, request_(adapter=missing))
     assert not isinstance(refused.value, RequestError)  # it is not the request's fault
-    assert ask(subject, request_())[0].token_ids  # the engine goes on
+    assert ask(model, request_())[0].token_ids  # the engine goes on
 
 
-def test_a_prompt_that_does_not_fit_is_refused(subject: Subject) -> None:
+def test_a_prompt_that_does_not_fit_is_refused(model: Subject) -> None:
     with pytest.raises(RequestError, match="token"):
-        ask(subject, request_(prompt_ids=prompt(0, 4000)))
-    assert ask(subject, request_())[0].token_ids
+        ask(model, request_(prompt_ids=prompt(0, 4000)))
+    assert ask(model, request_())[0].token_ids
 
 
 def test_turns_of_one_episode_may_follow_each_other_while_others_wait(subject: Subject) -> None:

@@ -124,9 +124,8 @@ def reply_of(data: Any, request: WireRequest, server: str, latency_s: float = 0.
     try:
         return _read(data, request, server, latency_s)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        said, _ = _message(data)
-        why = said or f"{type(error).__name__}: {error}"
-        raise ServerFault(FaultKind.SERVER, server, f"unreadable answer: {why[:MESSAGE_CHARS]}") from error
+        why = f"unreadable answer: {type(error).__name__}: {error}"
+        raise ServerFault(FaultKind.SERVER, server, why[:MESSAGE_CHARS]) from error
 
 
 def _read(data: Any, request: WireRequest, server: str, latency_s: float) -> WireReply:
@@ -144,11 +143,12 @@ def _read(data: Any, request: WireRequest, server: str, latency_s: float) -> Wir
     if not isinstance(text, str):
         raise ValueError("the text of the answer is not a string")
     ids, token_ids = _ids(prompt_ids), _ids(choice.get("token_ids"))
-    logprobs, named, top = _logprobs(choice.get("logprobs"))
+    echo = bool(request.extra.get("echo"))
+    logprobs, named, top = _logprobs(choice.get("logprobs"), echo, request.top > 0)
     prompt_logprobs = _prompt_logprobs(
         choice.get("prompt_logprobs") or data.get("prompt_logprobs"), ids or request.prompt_ids
     )
-    if request.extra.get("echo"):  # then the lists are of the prompt, followed by the answer
+    if echo:  # then the lists are of the prompt, followed by the answer
         if logprobs is not None and prompt_logprobs is None and request.prompt_ids:
             prompt_logprobs = logprobs[1 : len(request.prompt_ids)]
         logprobs = top = None
@@ -164,7 +164,7 @@ def _read(data: Any, request: WireRequest, server: str, latency_s: float) -> Wir
         token_ids=token_ids,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        top_logprobs=top if request.top else None,
+        top_logprobs=top,
         tool_calls=tuple(tool_calls),
         prompt_tokens=usage.get("prompt_tokens") or 0,
         completion_tokens=usage.get("completion_tokens") or 0,
@@ -192,7 +192,9 @@ def _finite(value: Any) -> float:
 _Top = tuple[Mapping[int, float], ...]
 
 
-def _logprobs(block: Any) -> tuple[tuple[float, ...] | None, tuple[int, ...] | None, _Top | None]:
+def _logprobs(
+    block: Any, echo: bool, wants_top: bool
+) -> tuple[tuple[float, ...] | None, tuple[int, ...] | None, _Top | None]:
     """(log-probability of each token, its id where the name tells it, the likeliest ids at its step)."""
     if not block:
         return None, None, None
@@ -200,24 +202,29 @@ def _logprobs(block: Any) -> tuple[tuple[float, ...] | None, tuple[int, ...] | N
         content = block["content"] or ()
         names = [entry["token"] for entry in content]
         values = [entry["logprob"] for entry in content]
-        steps = [[(t["token"], t["logprob"]) for t in entry.get("top_logprobs") or ()] for entry in content]
     else:
-        names = block["tokens"]
-        values = block["token_logprobs"]
-        steps = [list((step or {}).items()) for step in block.get("top_logprobs") or ()]
+        content, names, values = None, block["tokens"], block["token_logprobs"]
         if len(values) != len(names):
             raise ValueError(f"{len(names)} tokens but {len(values)} log-probabilities")
-    # the first token of an echoed prompt has none
-    logprobs = tuple(0.0 if value is None else _finite(value) for value in values)
-    ids = tuple(_named(name) for name in names)
-    known = None if -1 in ids else ids
-    if known is None or len(steps) != len(names):
-        return logprobs, known, None
+    if echo and values and values[0] is None:
+        values = [0.0, *values[1:]]  # nothing comes before the first token of a prompt
+    logprobs = tuple(map(_finite, values))
+    ids = tuple(map(_named, names))
+    if -1 in ids:
+        return logprobs, None, None
+    if not wants_top:
+        return logprobs, ids, None
+    if content is not None:
+        steps = [[(other["token"], other["logprob"]) for other in entry.get("top_logprobs") or ()] for entry in content]
+    else:
+        steps = [list((step or {}).items()) for step in block.get("top_logprobs") or ()]
     top = tuple(
-        {**{_named(name): p for name, p in step if p is not None and p > _IMPOSSIBLE}, token: value}
+        {**{_named(name): float(p) for name, p in step if p > _IMPOSSIBLE}, token: value}
         for step, token, value in zip(steps, ids, logprobs, strict=True)
     )
-    return logprobs, known, None if any(-1 in step for step in top) else top
+    if any(-1 in step for step in top):
+        raise ValueError("the likeliest tokens came back as text, not as ids")
+    return logprobs, ids, top
 
 
 def _named(token: str) -> int:

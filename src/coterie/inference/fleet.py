@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from coterie.errors import EngineError
+from coterie.inference.canary import Probe as Probe
 from coterie.inference.pool import ServerPool
 from coterie.inference.sharing import InFlight
 from coterie.inference.wire import FaultKind, ServerControl, ServerFault, ServerSpec
 from coterie.types import AdapterVersion
-
-Probe = tuple[tuple[int, ...], tuple[float, ...]]
-"""Token ids, and the learner's log-probability of each token after the first, adapter applied."""
 
 
 class Publishes(Protocol):
@@ -43,7 +41,7 @@ class Fleet:
             publisher: None where adapters are never published (evaluation of the base, a client).
             model: the base's served name; None: each server's own, from /v1/models.
             probe: makes what the publisher's canary compares; None: no canary.
-            closing: called when the fleet is closed, after the pool.
+            closing: close connections that open again when they are used; called by `rest` and `close`.
         """
         self.pool, self.control, self.publisher = pool, control, publisher
         self._model = model
@@ -121,8 +119,12 @@ class Fleet:
         """That server may be another one now."""
         self._bases.pop(server_name, None)
 
-    async def close(self) -> None:
-        """Close the pool and what `closing` named."""
-        await self.pool.close()
+    async def rest(self) -> None:
+        """Let go of connections; a later call opens others."""
         for close in self._closing:
             await close()
+
+    async def close(self) -> None:
+        """Close the pool and all connections."""
+        await self.pool.close()
+        await self.rest()

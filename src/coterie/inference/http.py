@@ -171,6 +171,27 @@ class HttpTransport(Transport):
             raise fault_of(server, answer.status, answer.headers, answer.raw, request)
         return reply_of(decode(server.name, answer.raw), request, server.name, time.perf_counter() - start)
 
+    async def post(
+        self,
+        server: ServerSpec,
+        path: str,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        request: WireRequest | None = None,
+    ) -> Any:
+        """Send a body somebody else wrote to `path` below the API's url and return the answer's JSON.
+
+        `request`: what the body was made of, so that error messages cannot repeat its prompt. Raises `ServerFault`.
+        """
+        try:
+            raw = encode(body)
+        except (TypeError, ValueError) as error:
+            raise ServerFault(FaultKind.REJECTED, server.name, f"not sent: {error}") from error
+        answer = await self._connections.send(server, "POST", server.url + path, raw, timeout_s, self._max_bytes)
+        if answer.status != 200:
+            raise fault_of(server, answer.status, answer.headers, answer.raw, request)
+        return decode(server.name, answer.raw)
+
     async def stream(self, server: ServerSpec, request: WireRequest, timeout_s: float) -> AsyncIterator[str]:
         """Pieces of the answer's text as the server makes them; none is empty.
 

@@ -154,6 +154,7 @@ class Ladder(Generic[T]):
             EngineError: the request is refused, or no tier could answer; the message has each tier's reason.
         """
         await self.start()
+        self._watch()
         tried: list[Rung[T]] = []
         for last_resort in (False, True):
             # tiers that are down are asked when no other answered: a server may be back before the next look
@@ -185,9 +186,9 @@ class Ladder(Generic[T]):
             if rung.tier is tier and rung.up:
                 self._fall(rung, why)
 
-    async def close(self) -> None:
-        """End the background look. A later call begins anew."""
-        loops, self._loops, self._started = self._loops, None, False
+    async def pause(self) -> None:
+        """End the background look until the next call."""
+        loops, self._loops = self._loops, None
         if loops is None or loops.loop is not asyncio.get_running_loop():
             return
         for task in (loops.watch, loops.starting):
@@ -195,6 +196,11 @@ class Ladder(Generic[T]):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+
+    async def close(self) -> None:
+        """End the background look. A later call begins anew, by looking at every tier."""
+        await self.pause()
+        self._started = False
 
     # -- news ---------------------------------------------------------------------------------------------------
 

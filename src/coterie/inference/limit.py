@@ -6,8 +6,9 @@ Little's law X = L / R, so the mean latency R of calls sent while L were kept in
 
     grow     double L while X grows with it: X(2L) >= 2^ELASTICITY * X(L)
     shrink   when the very first doubling gains nothing, halve L while X does not fall
-    hold     at the knee, which two measurements give: below it X = L / R, above it X is flat; now and then look up,
-             and measure anew when latency has doubled
+    hold     at the knee, which two measurements give: below it X = L / R, above it X is flat
+    look     now and then a little higher or lower than held, and stay there if that is as good; grow anew when
+             latency has doubled
 
 A measurement is taken of a cohort: the first max(L, 8) calls *sent* at L, all of them awaited, because the first to
 *finish* are the short ones. Each counts with the calls under way when it was sent: those that fill a limit just raised
@@ -18,6 +19,7 @@ more slowly and yet does more, so throughput decides here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -27,14 +29,17 @@ ELASTICITY = 0.25
 """Least d log X / d log L at which more calls at once are worth having."""
 HEADROOM = 1.25
 """Above the knee, so that the server always has the next call at hand."""
-LOOK_UP_EVERY = 8
-"""Cohorts between tries of a higher limit."""
+LOOK_EVERY = 8
+"""Cohorts between tries of another limit."""
+HIGHER, LOWER = 1.5, 0.7
+"""How far such a try goes."""
 
 
 class _Phase(StrEnum):
     GROW = "grow"
     SHRINK = "shrink"
     HOLD = "hold"
+    LOOK = "look"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,14 @@ class Limit:
         """Seconds between answers, when last measured: a call behind n others is done no sooner than (n + 1) of it."""
         self._known: tuple[float, float] | None = None
         """Calls under way when last measured and answers a second then, which the next is compared with."""
+        self._held = 0
+        """The limit to go back to when a look finds nothing better."""
         self._held_latency: float | None = None
-        self._held_cohorts = 0
+        """At the first cohort held."""
+        self._held_cohorts: list[tuple[float, float]] = []
+        """Load and rate of each since the last look."""
+        self._higher = False
+        """Whether the last look went up."""
         self._first = False
         """Whether the step being measured is the first from where growing began."""
         self._cohort = 0
@@ -66,7 +77,7 @@ class Limit:
 
     def _begin(self) -> None:
         self._cohort += 1
-        self._wanted = max(self.value, FIRST)
+        self._wanted = max(self.value, FIRST) * (2 if self._phase is _Phase.LOOK else 1)
         self._open = 0
         self._seconds = 0.0
         self._weight = 0.0
@@ -112,7 +123,7 @@ class Limit:
         self._phase = _Phase.HOLD
         self._known = None
         self._held_latency = None
-        self._held_cohorts = 0
+        self._held_cohorts = []
         self._begin()
 
     def _end_cohort(self) -> None:
@@ -129,6 +140,8 @@ class Limit:
         self.pace = 1 / rate
         if self._phase is _Phase.HOLD:
             self._hold(load, latency)
+        elif self._phase is _Phase.LOOK:
+            self._look(load, rate)
         elif self._phase is _Phase.GROW:
             self._grow(load, rate)
         else:
@@ -136,7 +149,7 @@ class Limit:
 
     def _grow(self, load: float, rate: float) -> None:
         before, self._known = self._known, (load, rate)
-        if before is None or rate >= before[1] * (load / before[0]) ** ELASTICITY:
+        if before is None or _gains(before, (load, rate)):
             if self.value == self.most:
                 self._settle(self.most)
             else:
@@ -153,7 +166,7 @@ class Limit:
     def _shrink(self, load: float, rate: float) -> None:
         assert self._known is not None
         above, above_rate = self._known
-        if above_rate < rate * (above / load) ** ELASTICITY and self.value > 1:
+        if self.value > 1 and not _gains((load, rate), self._known):
             self._known = (load, rate)
             self.value //= 2
         else:
@@ -162,19 +175,37 @@ class Limit:
     def _hold(self, load: float, latency: float) -> None:
         if self._held_latency is None:
             self._held_latency = latency
-        self._held_cohorts += 1
+        self._held_cohorts.append((load, load / latency))
         if latency > 2 * self._held_latency:
             self._settle(self.value // 2)
             self._phase = _Phase.GROW
-        elif self._held_cohorts >= LOOK_UP_EVERY and self.value < self.most:
-            self._held_cohorts = 0
-            self._known = (load, load / latency)
+        elif len(self._held_cohorts) >= LOOK_EVERY:
+            self._held = self.value
+            self._higher = not self._higher
+            self.value = max(1, min(self.most, round(self.value * (HIGHER if self._higher else LOWER))))
+            self._phase = _Phase.LOOK
+
+    def _look(self, load: float, rate: float) -> None:
+        count = len(self._held_cohorts)
+        held = (sum(c[0] for c in self._held_cohorts) / count, sum(c[1] for c in self._held_cohorts) / count)
+        if self._higher and _gains(held, (load, rate)) and self.value < self.most:
+            self._known = (load, rate)
             self._first = False
             self._phase = _Phase.GROW
-            self.value = min(self.most, self.value + max(1, self.value // 2))
+            self.value = min(2 * self.value, self.most)
+        elif self._higher:
+            self._settle(self._held)
+        else:
+            self._settle(self._held if _gains((load, rate), held) else self.value)
+
+
+def _gains(low: tuple[float, float], high: tuple[float, float]) -> bool:
+    """Whether going from one (load, rate) to a higher load is worth it."""
+    least: float = (high[0] / low[0]) ** ELASTICITY
+    return high[1] >= low[1] * least
 
 
 def _knee(below: tuple[float, float], rate: float, above: int) -> int:
     """Where X = L / R through `below` meets the flat `rate` measured at `above`, and a little more."""
     load, below_rate = below
-    return int(max(load, min(above, HEADROOM * load * rate / below_rate)))
+    return int(min(above, math.ceil(HEADROOM * load * max(1.0, rate / below_rate))))

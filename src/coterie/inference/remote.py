@@ -125,8 +125,14 @@ class RemoteEngine:
         for point in [point for point in self._known if point.adapter == version]:
             del self._known[point]
 
-    async def close(self) -> None:
+    async def rest(self) -> None:
+        """Let go of connections, before an event loop ends and another goes on; a later call opens others."""
+        await self._trust.close()
         await self.transport.close()
+        await self.fleet.rest()
+
+    async def close(self) -> None:
+        await self.rest()
         await self.fleet.close()
 
     async def detect(self) -> None:
@@ -282,6 +288,7 @@ class RemoteEngine:
     ) -> WireReply:
         """Ask any server that can be trusted, and tell the records how it went."""
         fleet, name = self.fleet, self.fleet.name(point.adapter)
+        self._trust.keep_looking()
         wire = WireRequest(
             model=name or "",
             max_tokens=max_tokens,
@@ -296,7 +303,10 @@ class RemoteEngine:
         shown = point.adapter.model_id if point.adapter is not None else "base"
         records = Attempts(self._calls, self.tier, shown, point.adapter, len(point.prompt_ids), self.goes_on)
 
+        asked_of: list[ServerSpec] = []
+
         async def call(server: ServerSpec, remaining_s: float) -> WireReply:
+            asked_of[:] = [server]
             await self._trust.need(server)
             asked = wire if name else replace(wire, model=await fleet.base(server))
             reply = replace(await self.transport.call(server, asked, remaining_s), server=server.name)
@@ -308,7 +318,7 @@ class RemoteEngine:
         def failed(server: ServerSpec, fault: ServerFault, seconds: float) -> None:
             records.failed(server, fault, seconds)
             if fault.kind is FaultKind.UNAUTHORIZED:
-                fleet.refused[server.name] = str(fault)
+                self._trust.refuse(server, str(fault))
             elif fault.kind in (FaultKind.CONNECTION, FaultKind.MISSING):
                 fleet.forget(server.name)
                 self._trust.forget(server.name)
@@ -328,7 +338,7 @@ class RemoteEngine:
                 records.unfit(error.server, error)
                 # through a chat transport the fault may be the transport's, and the server serve other tiers well
                 if not self._chat:
-                    fleet.refuse(error.server, str(error))
+                    self._trust.refuse(asked_of[0], str(error))
                     if fleet.pool.healthy():
                         continue
                 records.given_up(error)

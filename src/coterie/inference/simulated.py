@@ -7,6 +7,7 @@ request's seed alone.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class SimulatedEngine:
             raise EngineError("prompt_ids is empty")
         if request.max_tokens < 1:
             raise EngineError(f"max_tokens {request.max_tokens} must be at least 1")
+        await asyncio.sleep(0)  # whoever asks in a loop lets others go on too, and can be cancelled
         self.requests_served += 1
         if request.choices is None:
             if request.distribution:
@@ -79,9 +81,10 @@ class SimulatedEngine:
             each = 0.0  # the text is fixed by the seed
         else:
             rng = random.Random(request.seed & _SEED_BITS)
-            candidates = sorted(set(request.prompt_ids) - set(request.stop_ids)) or [request.prompt_ids[0]]
-            said = tuple(rng.choices(candidates, k=rng.randint(1, request.max_tokens))) + stop
-            each = -math.log(len(candidates))
+            candidates = sorted(set(request.prompt_ids) - set(request.stop_ids))
+            said = tuple(rng.choices(candidates, k=rng.randint(1, request.max_tokens))) if candidates else ()
+            said += stop
+            each = -math.log(max(1, len(candidates)))
         tokens = said[: request.max_tokens]
         ended = bool(stop) and len(said) <= request.max_tokens
         logprobs = [each] * len(tokens)

@@ -79,6 +79,13 @@ class TieredEngine:
         if len(whys) == len(refusals):
             raise EngineError(f"no tier could take adapter {version.name}: {'; '.join(whys)}")
 
+    async def rest(self) -> None:
+        """Let go of connections and background looks, before an event loop ends and another goes on."""
+        await self.ladder.pause()
+        for rung in self.ladder.rungs:
+            if isinstance(rung.subject, RemoteEngine):
+                await rung.subject.rest()
+
     async def close(self) -> None:
         """Close every tier."""
         await self.ladder.close()

@@ -7,8 +7,10 @@ every answer is checked for what cannot be seen in advance.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,10 @@ from coterie.types import Tier
 
 CANARY_S = 10.0
 """Seconds the canary's call may take."""
+
+FIRST_LOOK_S = 5.0
+LAST_LOOK_S = 60.0
+"""Seconds between looks at a server that was refused, at first and at most."""
 
 _CANARY_IDS = (5, 7)
 """Two ids every vocabulary has; in raw mode at most one of them can have a log-probability near 0."""
@@ -46,10 +52,13 @@ class UnfitServerError(TierFailedError):
 class Trust:
     """Which servers have shown, through one transport, that their answers can be trained on."""
 
-    def __init__(self, transport: Transport, fleet: Fleet) -> None:
+    def __init__(self, transport: Transport, fleet: Fleet, *, first_look_s: float = FIRST_LOOK_S) -> None:
+        """`first_look_s`: seconds until a refused server is tried again, the first time; doubled each time."""
+        self._first_look_s = first_look_s
         self._transport, self._fleet = transport, fleet
         self._trusted: set[str] = set()
         self._trying: InFlight[str, None] = InFlight()
+        self._winning_back: dict[str, asyncio.Task[None]] = {}
 
     async def need(self, server: ServerSpec) -> None:
         """See that `server` gives what training needs. Raises `ServerFault` or `UnfitServerError`."""
@@ -59,6 +68,40 @@ class Trust:
     def forget(self, server_name: str) -> None:
         """That server may be another one now."""
         self._trusted.discard(server_name)
+
+    def refuse(self, server: ServerSpec, why: str) -> None:
+        """Take `server` out of the pool, and look every now and then whether it was mended."""
+        self._fleet.refuse(server.name, why)
+        self.forget(server.name)
+        self.keep_looking()
+
+    def keep_looking(self) -> None:
+        """See to it that, in this event loop too, refused servers are looked at now and then."""
+        if not self._fleet.refused:
+            return
+        for server in self._fleet.pool.servers():
+            task = self._winning_back.get(server.name)
+            idle = task is None or task.done() or task.get_loop() is not asyncio.get_running_loop()
+            if server.name in self._fleet.refused and idle:
+                self._winning_back[server.name] = asyncio.create_task(self._win_back(server))
+
+    async def close(self) -> None:
+        """Look no more."""
+        tasks, self._winning_back = self._winning_back, {}
+        for task in tasks.values():
+            if task.get_loop() is asyncio.get_running_loop() and not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _win_back(self, server: ServerSpec) -> None:
+        pause_s = self._first_look_s
+        while server.name in self._fleet.refused:
+            await asyncio.sleep(pause_s)
+            pause_s = min(LAST_LOOK_S, 2 * pause_s)
+            with suppress(EngineError):  # why is known already; the next look comes
+                await self.need(server)
+                self._fleet.readmit(server.name)
 
     async def _canary(self, server: ServerSpec) -> None:
         prompt: dict[str, Any] = {"prompt_ids": _CANARY_IDS}

@@ -79,9 +79,11 @@ def describe(logprobs: NDArray[np.float64], ids: Ids | None, at: int, top: int) 
     best: tuple[tuple[int, float], ...] = ()
     if top:
         k = min(top, len(logprobs))
-        found = np.argpartition(logprobs, len(logprobs) - k)[-k:]
-        # by probability, then by id, so that ties are reported alike everywhere
-        order = found[np.lexsort((found, -logprobs[found]))]
+        least = np.partition(logprobs, len(logprobs) - k)[-k]
+        # among equals the lowest ids, so that ties are told alike everywhere
+        better = np.flatnonzero(logprobs > least)
+        found = np.concatenate((better, np.flatnonzero(logprobs == least)[: k - len(better)]))
+        order = found[np.argsort(-logprobs[found], kind="stable")]
         best = tuple((_id(ids, int(i)), float(logprobs[i])) for i in order if logprobs[i] > -np.inf)
     rank = 1 + int((logprobs > logprobs[at]).sum())
     return Token(_id(ids, at), float(logprobs[at]), rank, best)

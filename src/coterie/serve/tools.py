@@ -122,7 +122,9 @@ def call_grammar(
     """
     bodies = []
     for name, schema in tools:
-        known = {"type": "object", "properties": {}, **(schema or {}), "x-guidance": dict(options)}
+        # arguments a tool did not declare would be errors where it is called
+        closed = {"type": "object", "properties": {}, "additionalProperties": False}
+        known = {**closed, **(schema or {}), "x-guidance": dict(options)}
         opening = f'\n{{"name": {json.dumps(name)}, "arguments": '
         bodies.append(f"{_quoted(opening)} %json {json.dumps(known)} {_quoted('}' + chr(10) + END)}")
     rules = [f"body_{number}: {body}" for number, body in enumerate(bodies)]

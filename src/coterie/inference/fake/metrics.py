@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,14 +18,15 @@ class PrefixCache:
     """Which beginnings of prompts were seen, in blocks, under each weights."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[str, tuple[int, ...]]] = set()
+        self._seen: set[bytes] = set()
         self.queries = self.hits = 0
 
     def add(self, weights: str, prompt: Sequence[int]) -> int:
         """Remember a prompt; how many of its tokens were not cached."""
-        cached, missed = 0, False
+        cached, missed, key = 0, False, weights.encode()
         for end in range(_BLOCK, len(prompt) + 1, _BLOCK):
-            key = (weights, tuple(prompt[:end]))
+            block = ",".join(map(str, prompt[end - _BLOCK : end]))
+            key = hashlib.blake2b(key + block.encode(), digest_size=16).digest()  # of all blocks so far
             missed = missed or key not in self._seen
             cached += 0 if missed else _BLOCK
             self._seen.add(key)
