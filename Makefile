@@ -14,24 +14,38 @@ PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test lint format model setup clean
+# What cannot share an environment with Coterie or with each other: vLLM, and two releases of CAMEL.
+VLLM_VENV ?= .venv-vllm
+CAMEL_VENV ?= .venv-camel
+CAMEL_NEWEST_VENV ?= .venv-camel-newest
+# camel-ai 0.2.78 needs Python 3.12 or older.
+PYTHON_EXTERNAL ?= python3.12 python3.11
+EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
+
+.PHONY: help train test test-external lint format model setup clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-external  install a real vLLM and CAMEL beside, and test against them (some 3 GB, 20 minutes)"
 	@echo "make lint    ruff, mypy and the import direction"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make model   fetch the embedded base model"
 	@echo "make setup   only set up: $(VENV) with Coterie and its development tools, and the base model"
-	@echo "make clean   remove $(VENV) and tool caches (not the base model, not runs)"
+	@echo "make clean   remove environments and tool caches (not the base model, not runs)"
 
 train: model
 	$(BIN)/coterie train $(CONFIG) $(ARGS)
 
 test: setup
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it.
+test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready
+	$(EXTERNAL) $(CAMEL_VENV)/bin/python -m pytest tests/external $(ARGS)
+	$(EXTERNAL) $(CAMEL_NEWEST_VENV)/bin/python -m pytest tests/external -m "camel or openai" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -49,22 +63,30 @@ model: $(VENV)/.installed
 	@$(BIN)/coterie models pull $(MODEL)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(CAMEL_VENV) $(CAMEL_NEWEST_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Set-up, one stamp a step, so that a step runs again only when what it depends on changed.
 
-$(VENV)/.created:
-	@found=; for python in $(PYTHON); do \
-		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+$(VENV)/.created: PYTHONS = $(PYTHON)
+$(VENV)/.created: FITS = sys.version_info >= (3, 11)
+$(VENV)/.created: NEEDS = Coterie needs Python 3.11 or newer
+$(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: PYTHONS = $(PYTHON_EXTERNAL) $(PYTHON)
+$(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: FITS = (3, 11) <= sys.version_info < (3, 13)
+$(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: NEEDS = The external tests need Python 3.11 or 3.12
+
+.PRECIOUS: %/.created
+%/.created:
+	@found=; for python in $(PYTHONS); do \
+		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not $(FITS))' >/dev/null 2>&1; \
 		then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-		echo "Coterie needs Python 3.11 or newer with its venv module; none of these is one: $(PYTHON)" >&2; \
+		echo "$(NEEDS) with its venv module; none of these is one: $(PYTHONS)" >&2; \
 		echo "Install it (Debian and Ubuntu: apt install python3 python3-venv) or run: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; \
 		exit 1; \
 	fi; \
-	echo "==> virtual environment $(VENV) from $$("$$found" --version) (seconds)"; \
-	"$$found" -m venv $(VENV)
+	echo "==> virtual environment $(@D) from $$("$$found" --version) (seconds)"; \
+	"$$found" -m venv $(@D)
 	@touch $@
 
 # PyTorch on its own, so that a build this machine's pip prefers (CPU only, say) is taken before anything asks for it.
@@ -81,4 +103,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.installed
 	@echo "==> development tools (about a minute)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# The environments of the external tests. torch first and alone, as above.
+
+$(VLLM_VENV)/.ready: constraints-vllm.txt | $(VLLM_VENV)/.created
+	@echo "==> vLLM for this processor in $(@D) (minutes)"
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-vllm.txt torch==2.13.0
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-vllm.txt
+	@touch $@
+
+$(CAMEL_VENV)/.ready: CONSTRAINTS = constraints-camel.txt
+$(CAMEL_NEWEST_VENV)/.ready: CONSTRAINTS = constraints-camel-newest.txt
+$(CAMEL_VENV)/.ready: constraints-camel.txt
+$(CAMEL_NEWEST_VENV)/.ready: constraints-camel-newest.txt
+$(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: pyproject.toml | %/.created
+	@echo "==> Coterie with CAMEL in $(@D), versions of $(CONSTRAINTS) (minutes)"
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) torch
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[camel]' pytest
 	@touch $@

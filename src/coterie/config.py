@@ -105,6 +105,8 @@ class LearnerConfig(Section):
     """Share of the learning rate left at the last update; it falls linearly after the warm-up."""
     tokens_per_pass: int = Field(default=1024, ge=16)
     """Distinct tokens in one forward and backward pass; memory grows with it, the gradient does not change."""
+    gradient_checkpointing: bool = False
+    """Whether layers are computed again on the way back instead of kept: a third more work, far less memory."""
 
 
 class EngineConfig(Section):

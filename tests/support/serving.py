@@ -1,7 +1,7 @@
 """Talking to a server of ours in a test: one event loop, one server on a free port, aiohttp's own client.
 
-    reply = talk(engine, lambda client: client.post("/v1/completions", prompt="a"))
-    assert reply.status == 200
+reply = talk(engine, lambda client: client.post("/v1/completions", prompt="a"))
+assert reply.status == 200
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from coterie.errors import AdapterError
+from coterie.lm.adapter import Adapter
 from coterie.lm.adapters import load_adapter, save_adapter
 from coterie.lm.attention import TreePlan
-from coterie.lm.bank import Adapter
 from coterie.lm.base import BaseModel
 from coterie.lm.forest import pack
 from coterie.lm.tiny import tiny_random

@@ -14,7 +14,7 @@ from coterie.config import BaseConfig
 from coterie.errors import BaseModelError
 from coterie.lm.base import BaseModel, load_base, native_bfloat16
 from coterie.lm.forest import pack
-from coterie.lm.tiny import tiny_random
+from coterie.lm.tiny import FAMILIES, tiny_random
 from coterie.types import Observation
 from tests.conftest import MakeBase
 
@@ -39,7 +39,7 @@ def test_a_base_without_chat_template_is_refused(tiny_path: Path, tmp_path: Path
         load_base(BaseConfig(model=str(path)))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logits_equal_those_of_transformers(tmp_path: Path, family: str, make_base: MakeBase) -> None:
     path = tiny_random(tmp_path / family, seed=3, family=family)  # type: ignore[arg-type]
     base = make_base(model=str(path))

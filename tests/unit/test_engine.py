@@ -234,3 +234,84 @@ def test_a_pass_that_breaks_leaves_nothing_half_computed(
     made = asyncio.run(asyncio.wait_for(engine.generate(request), 30))
     assert made.token_ids == expected[0].token_ids
     assert made.logprobs == expected[0].logprobs
+
+
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 57, 30, 12)], ids=["equal prompts", "prompts of all lengths"])
+def test_siblings_that_share_a_prompt_get_the_probabilities_of_those_that_do_not(
+    tiny_base: BaseModel, engine: LocalEngine, lengths: Sequence[int]
+) -> None:
+    requests = [
+        GenerateRequest(_prompt(n, length), (A0, B0, None)[n % 3], seed=10 * n + k, max_tokens=6, temperature=0.9)
+        for n, length in enumerate(lengths)
+        for k in range(3)
+    ]
+    for request, made in zip(requests, _ask(engine, requests), strict=True):
+        assert list(made.logprobs) == pytest.approx(_reference(tiny_base, request, made), abs=2e-4)
+
+
+def test_many_adapters_with_short_segments_are_applied_as_one_would_be(tiny_base: BaseModel) -> None:
+    names = [f"m{n}" for n in range(20)]
+    for number, name in enumerate(names):
+        # ranks of two pools, one of them longer than a pool
+        adapter = tiny_base.bank.add(name, 3 if number == 5 else 4, 8.0 + number, number)
+        with torch.no_grad():
+            adapter.flat.add_(0.1 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(number)))
+    engine = LocalEngine(tiny_base)
+    requests = [
+        GenerateRequest(_prompt(n, 5 + n % 4), AdapterVersion(names[n % 20], 0), seed=n, max_tokens=4)
+        for n in range(44)
+    ]
+    requests.append(GenerateRequest(_prompt(50), None, seed=1, max_tokens=4))
+    for request, made in zip(requests, _ask(engine, requests), strict=True):
+        assert list(made.logprobs) == pytest.approx(_reference(tiny_base, request, made), abs=2e-4)
+
+
+def test_an_adapter_taken_out_leaves_its_place_clean(tiny_base: BaseModel) -> None:
+    first = tiny_base.bank.add("first", 4, 8.0, 0)
+    with torch.no_grad():
+        first.flat.fill_(1.0)
+    tiny_base.bank.remove("first")
+    second = tiny_base.bank.add("second", 4, 8.0, 0)
+    assert second.row == first.row
+    assert not any(second.b[shape.name].any() for shape in second.shapes)
+
+
+def test_in_another_dtype_weights_are_copied_again_after_they_changed(tiny_base: BaseModel) -> None:
+    adapter = tiny_base.bank.add("half", 2, 2.0, 0)
+    name = adapter.shapes[0].name
+    before = adapter.factors(torch.bfloat16)[name][1].clone()
+    with torch.no_grad():
+        adapter.flat.add_(1.0)
+    adapter.touch()
+    assert not torch.equal(adapter.factors(torch.bfloat16)[name][1], before)
+
+
+def test_publishing_while_others_decode_changes_nothing_for_them(engine: LocalEngine) -> None:
+    request = GenerateRequest(_prompt(4), B0, seed=8, max_tokens=12, stop_ids=(10_000,))
+    (alone,) = _ask(engine, [request])
+
+    async def go() -> Generation:
+        asked = asyncio.ensure_future(engine.generate(request))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await engine.publish(AdapterVersion("a", 1), None)
+        return await asked
+
+    assert asyncio.run(go()).token_ids == alone.token_ids
+
+
+def test_a_kept_version_is_asked_for_while_the_learner_changes_the_weights(engine: LocalEngine) -> None:
+    bank = engine.base.bank
+    bank.keep(A0)
+    request = GenerateRequest(_prompt(4), A0, seed=8, max_tokens=6)
+    (before,) = _ask(engine, [request])
+    with torch.no_grad():
+        bank.training("a").flat.mul_(3.0)
+    bank.publish(AdapterVersion("a", 1))
+    engine.cache.clear()
+    (after,) = _ask(engine, [request])
+    assert after.logprobs == before.logprobs
+    assert bank.kept("a") == (A0,)
+    bank.drop(A0)
+    with pytest.raises(EngineError, match="a@v0"):
+        _ask(engine, [request])

@@ -208,7 +208,7 @@ def test_ids_are_read_from_names_where_the_server_gives_no_lists() -> None:
         {"logprobs": {"tokens": ["token_id:1"], "token_logprobs": [-1.0, -2.0]}},
         {"logprobs": {"tokens": ["token_id:1", "token_id:2"], "token_logprobs": [None, -2.0]}},
         {"logprobs": {"tokens": ["token_id:1", "token_id:2"], "token_logprobs": [float("nan"), -2.0]}},
-        {"logprobs": {"tokens": ["token_id:1", "token_id:x"], "token_logprobs": [-1.0, -2.0]}},
+        {"token_ids": None, "logprobs": {"tokens": ["token_id:1", "token_id:x"], "token_logprobs": [-1.0, -2.0]}},
         {"prompt_logprobs": [None, {"6": {"logprob": -1.0}}]},
         {"prompt_logprobs": [None, {"9": {"logprob": -1.0}}, {"7": {"logprob": -1.0}}, {"8": {"logprob": -1.0}}]},
         {"finish_reason": "abort"},

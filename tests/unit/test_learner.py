@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from coterie.config import LearnerConfig
 from coterie.lm.base import BaseModel
+from coterie.lm.tiny import FAMILIES, tiny_random
 from coterie.models import ModelConfig
 from coterie.training.batch import build_batch
 from coterie.training.learner import Learner, LearnerStats
@@ -130,12 +131,23 @@ def _naive_loss(model: PeftModel, turn: Turn, advantage: float, config: LearnerC
         LearnerConfig(),
         LearnerConfig(loss="clipped", clip_low=0.1, clip_high=0.3),
         LearnerConfig(entropy_bonus=0.1, kl_coefficient=0.3, tokens_per_pass=32),
+        LearnerConfig(gradient_checkpointing=True, tokens_per_pass=40),
     ],
-    ids=["policy_gradient", "clipped", "entropy_and_kl_in_small_passes"],
+    ids=["policy_gradient", "clipped", "entropy_and_kl_in_small_passes", "checkpointed"],
 )
 def test_packed_gradient_of_three_policies_equals_plain_peft_one_sequence_at_a_time(
     tiny_base: BaseModel, config: LearnerConfig
 ) -> None:
+    _equals_plain_peft(tiny_base, config)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_every_family_has_the_gradient_of_plain_peft(make_base: MakeBase, tmp_path: Path, family: str) -> None:
+    base = make_base(model=str(tiny_random(tmp_path / family, seed=5, family=family)))  # type: ignore[arg-type]
+    _equals_plain_peft(base, LearnerConfig())
+
+
+def _equals_plain_peft(tiny_base: BaseModel, config: LearnerConfig) -> None:
     _noisy(tiny_base)
     learner = Learner(tiny_base, MODELS, config, 1)
     episodes, advantages = _episodes()
@@ -285,3 +297,22 @@ def test_state_brings_back_weights_and_moments_bit_by_bit(make_base: MakeBase, t
     resumed.step(batch, 2)
     for i in ids:
         assert torch.equal(one.bank.training(i).flat, two.bank.training(i).flat)
+
+
+def test_checkpointed_layers_keep_less_and_run_once_more(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    episodes, advantages = _episodes()
+    runs: list[int] = []
+    layer = tiny_base.model.get_decoder().layers[1]
+    layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    kept: list[int] = []
+    counts = []
+    for checkpointing in (False, True):
+        runs.clear()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            _gradient(tiny_base, LearnerConfig(gradient_checkpointing=checkpointing), episodes, advantages)
+        counts.append((len(runs), sum(kept)))
+    (plain_runs, plain_kept), (checked_runs, checked_kept) = counts
+    assert checked_runs == 2 * plain_runs
+    assert checked_kept < plain_kept / 2

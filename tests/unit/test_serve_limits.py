@@ -69,6 +69,7 @@ def refused(reply: Reply, status: int = 400, kind: str = "BadRequestError") -> A
         ({"allowed_token_ids": [10**6]}, "out-of-vocab", "allowed_token_ids"),
         ({"logit_bias": {"1000000": 1}}, "out-of-vocab", "logit_bias"),
         ({"logit_bias": {"red": 1}}, "logit_bias", None),
+        ({"logit_bias": {"20": float("nan")}}, "finite", None),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens must be less than or equal to max_tokens=8, got 9", None),
         ({"seed": 2**63}, "less than", "seed"),
         ({"stream_options": {"include_usage": True}}, "only be defined when `stream=True`", None),
@@ -119,6 +120,9 @@ def test_a_wrong_completion_is_refused_with_its_reason(
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "Cannot set both"),
         ({"chat_template": "{{ x }}"}, "`chat_template` is not supported"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template is not for requests"),
+        ({"chat_template_kwargs": 3}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize is not for requests"),
     ],
 )
 def test_a_wrong_chat_is_refused_with_its_reason(engine: MemoryTokenEngine, body: dict[str, Any], said: str) -> None:
@@ -150,6 +154,17 @@ def test_only_json_is_read(engine: MemoryTokenEngine, options: dict[str, Any], s
     headers = {"Content-Type": "application/json", **options.pop("headers", {})}
     reply = talk(engine, lambda client: client.send("POST", "/v1/completions", headers=headers, **options))
     assert said in refused(reply)["message"]
+
+
+def test_what_is_nested_too_deeply_is_refused(engine: MemoryTokenEngine) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(150):
+        schema = {"type": "object", "properties": {"a": schema}}
+    reply = talk(engine, lambda client: client.complete(guided_json=schema))
+    assert "recursion limit" in refused(reply)["message"]
+    deep = '{"prompt": "x", "guided_json": ' + '{"a":' * 800 + "1" + "}" * 801
+    headers = {"Content-Type": "application/json"}
+    refused(talk(engine, lambda client: client.send("POST", "/v1/completions", data=deep.encode(), headers=headers)))
 
 
 def test_unknown_models_and_routes_are_missing(engine: MemoryTokenEngine) -> None:

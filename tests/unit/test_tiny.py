@@ -58,7 +58,7 @@ def test_choices_of_one_token_of_several_and_with_a_common_first_token() -> None
 
 
 def test_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="unknown family 'mamba'; valid: llama, qwen2"):
+    with pytest.raises(BaseModelError, match="unknown family 'mamba'; valid: llama, qwen2, qwen3, mistral, gemma"):
         tiny_random(tmp_path, family="mamba")  # type: ignore[arg-type]
 
 

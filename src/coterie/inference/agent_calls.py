@@ -25,7 +25,7 @@ from coterie.errors import ConfigError, EngineError
 from coterie.inference.attempts import Attempts
 from coterie.inference.calls import CallSink, NoCalls
 from coterie.inference.fleet import Fleet
-from coterie.inference.trust import Trust, check_reply
+from coterie.inference.trust import Trust, UnfitServerError, check_reply
 from coterie.inference.wire import ServerSpec, Transport, WireReply, WireRequest
 from coterie.types import AdapterVersion, Tier
 
@@ -123,7 +123,10 @@ class AgentCalls:
         adapter = self._adapter() if self._adapter is not None else None
         name = fleet.name(adapter)
 
+        asked_of: list[ServerSpec] = []
+
         async def call(server: ServerSpec, remaining_s: float) -> WireReply:
+            asked_of[:] = [server]
             if wire.capture:
                 await self._trust.need(server)
             asked = replace(wire, model=name or await fleet.base(server))
@@ -134,22 +137,30 @@ class AgentCalls:
 
         shown = adapter.model_id if adapter is not None else "base"
         records = Attempts(self._sink, self._tier, shown, adapter, 0, lambda: False)
-        try:
-            reply: WireReply
-            reply, queued_s = await fleet.pool.run(
-                call,
-                needs=name,
-                prefix=zlib.crc32(str(wire.messages[0]).encode("utf-8", "replace")) if wire.messages else None,
-                timeout_s=self._timeout_s,
-                on_fault=records.failed,
-                weight=float(wire.max_tokens),
-            )
-        except EngineError as error:
-            records.given_up(error)
-            raise
-        except asyncio.CancelledError:
-            records.cancelled()
-            raise
+        while True:
+            try:
+                reply, queued_s = await fleet.pool.run(
+                    call,
+                    needs=name,
+                    prefix=zlib.crc32(str(wire.messages[0]).encode("utf-8", "replace")) if wire.messages else None,
+                    timeout_s=self._timeout_s,
+                    on_fault=records.failed,
+                    weight=float(wire.max_tokens),
+                )
+                break
+            except UnfitServerError as error:
+                records.unfit(error.server, error)
+                self._trust.refuse(asked_of[0], str(error))
+                if fleet.pool.healthy():
+                    continue
+                records.given_up(error)
+                raise
+            except EngineError as error:
+                records.given_up(error)
+                raise
+            except asyncio.CancelledError:
+                records.cancelled()
+                raise
         records.answered(reply, queued_s, reply.text)
         captured = CapturedCall(f"chatcmpl-{uuid.uuid4().hex}", wire, reply, adapter, queued_s)
         if self._on_call is not None:

@@ -144,7 +144,7 @@ def _read(data: Any, request: WireRequest, server: str, latency_s: float) -> Wir
         raise ValueError("the text of the answer is not a string")
     ids, token_ids = _ids(prompt_ids), _ids(choice.get("token_ids"))
     echo = bool(request.extra.get("echo"))
-    logprobs, named, top = _logprobs(choice.get("logprobs"), echo, request.top > 0)
+    logprobs, named, top = _logprobs(choice.get("logprobs"), echo, token_ids is None, request.top > 0)
     prompt_logprobs = _prompt_logprobs(
         choice.get("prompt_logprobs") or data.get("prompt_logprobs"), ids or request.prompt_ids
     )
@@ -177,25 +177,19 @@ def _read(data: Any, request: WireRequest, server: str, latency_s: float) -> Wir
 def _ids(values: Any) -> tuple[int, ...] | None:
     if values is None:
         return None
-    if not all(isinstance(value, int) for value in values):
+    if not set(map(type, values)) <= {int}:
         raise ValueError("token ids that are not whole numbers")
     return tuple(values)
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"a log-probability is {number}")
-    return number
 
 
 _Top = tuple[Mapping[int, float], ...]
 
 
 def _logprobs(
-    block: Any, echo: bool, wants_top: bool
+    block: Any, echo: bool, wants_ids: bool, wants_top: bool
 ) -> tuple[tuple[float, ...] | None, tuple[int, ...] | None, _Top | None]:
-    """(log-probability of each token, its id where the name tells it, the likeliest ids at its step)."""
+    """(log-probability of each token, its id where the name tells it, the likeliest ids at its step); the last two
+    only where wanted."""
     if not block:
         return None, None, None
     if "content" in block:
@@ -208,7 +202,11 @@ def _logprobs(
             raise ValueError(f"{len(names)} tokens but {len(values)} log-probabilities")
     if echo and values and values[0] is None:
         values = [0.0, *values[1:]]  # nothing comes before the first token of a prompt
-    logprobs = tuple(map(_finite, values))
+    logprobs = tuple(map(float, values))
+    if not all(map(math.isfinite, logprobs)):
+        raise ValueError("a log-probability is not finite")
+    if not (wants_ids or wants_top):
+        return logprobs, None, None
     ids = tuple(map(_named, names))
     if -1 in ids:
         return logprobs, None, None
@@ -242,7 +240,9 @@ def _prompt_logprobs(steps: Any, ids: Sequence[int] | None) -> tuple[float, ...]
         if ids is None and len(step) > 1:
             return None  # which of them is the prompt's own cannot be told
         entry = step[str(ids[place])] if ids is not None else next(iter(step.values()))
-        found.append(_finite(entry["logprob"]))
+        found.append(float(entry["logprob"]))
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a log-probability of the prompt is not finite")
     return tuple(found)
 
 

@@ -356,10 +356,13 @@ async def _ask(
     except openai.APIConnectionError as error:
         why = str(error.__cause__ or error) or type(error).__name__
         fault = ServerFault(FaultKind.CONNECTION, server.name, why)
-    except openai.OpenAIError as error:
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # clients and CAMEL read an answer that is none without looking, each failing in its own way
         fault = ServerFault(FaultKind.SERVER, server.name, f"unreadable answer: {type(error).__name__}")
     else:
-        return answer.model_dump()
+        if isinstance(answer, ChatCompletion):
+            return answer.model_dump()
+        fault = ServerFault(FaultKind.SERVER, server.name, f"unreadable answer: {type(answer).__name__}")
     raise fault  # out here, because errors of clients carry the request's headers, and so the key
 
 

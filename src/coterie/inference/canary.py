@@ -69,6 +69,16 @@ def _is_zero(blob: bytes) -> bool:
     return bool(spans) and not any(data[begin:end].strip(b"\0") for begin, end in spans)
 
 
+def check_probe(probe: Probe) -> None:
+    """Raises `CanaryError` when nothing can be compared with `probe`."""
+    tokens, expected = probe
+    if len(tokens) < 2 or len(expected) != len(tokens) - 1 or not all(map(math.isfinite, expected)):
+        raise CanaryError(
+            f"a probe of {len(tokens)} tokens with {len(expected)} log-probabilities: give two tokens or more, and "
+            "the finite log-probability of each after the first"
+        )
+
+
 async def score(
     transport: Transport, server: ServerSpec, model: str, tokens: Sequence[int], timeout_s: float
 ) -> tuple[float, ...]:
@@ -120,11 +130,6 @@ async def check(
         ServerFault: it does not answer.
     """
     tokens, expected = probe
-    if len(tokens) < 2 or len(expected) != len(tokens) - 1:
-        raise CanaryError(
-            f"a probe of {len(tokens)} tokens with {len(expected)} log-probabilities: give two tokens or more, and "
-            "the log-probability of each after the first"
-        )
     served = await score(transport, server, name, tokens, timeout_s)
     off = distance(expected, served)
     if off > tolerance:

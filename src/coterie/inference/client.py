@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from urllib.parse import urlsplit
 
 from coterie.errors import ConfigError, EngineError, nearest
@@ -39,6 +39,9 @@ from coterie.inference.speakers import (
 from coterie.inference.wire import ServerSpec, Transport, server_spec
 from coterie.types import Tier
 
+if TYPE_CHECKING:
+    from coterie.inference.camel import CamelTransport
+
 TIERS = ("camel", "http", "local", "simulated")
 REMOTE = (Tier.CAMEL, Tier.HTTP)
 
@@ -53,6 +56,8 @@ class VLLMClient:
         model_name: served name to ask for; None: each server's own base model.
         tiers: in order of preference, of "camel", "http", "local" and "simulated".
         api_key: of the servers; never logged.
+        camel_models: models made by CAMEL's `ModelFactory`; their servers join those of `url`, and the camel tier
+            calls them through these very objects.
         base: model of the local tier, as in `coterie models`; None: the default one, if it is on disk already.
         timeout_s: of one call in one tier, waiting for a server included.
         max_in_flight, policy: see `coterie.inference.pool.ServerPool`.
@@ -71,6 +76,7 @@ class VLLMClient:
         *,
         tiers: Sequence[str] = TIERS,
         api_key: str | None = None,
+        camel_models: Sequence[Any] = (),
         base: str | None = None,
         timeout_s: float = 120.0,
         max_in_flight: int = 64,
@@ -84,7 +90,11 @@ class VLLMClient:
                 raise ConfigError(f"unknown tier {tier!r}{nearest(tier, TIERS)}")
         urls = [url] if isinstance(url, str) else list(url or ())
         self.model_name = model_name
-        self._specs = tuple(server_spec(one, api_key) for one in urls)
+        self._camel_models, self._api_key = tuple(camel_models), api_key
+        specs = {spec.name: spec for spec in (server_spec(one, api_key) for one in urls)}
+        if self._camel_models:
+            specs = {spec.name: spec for spec in _camel_transport(self._camel_models, api_key).servers} | specs
+        self._specs = tuple(specs.values())
         control = HttpControl()
         self._pool = ServerPool(self._specs, control, policy=policy, max_in_flight=max_in_flight, seed=seed)
         self._fleet = Fleet(self._pool, control, model=model_name, closing=(control.close,))
@@ -104,7 +114,7 @@ class VLLMClient:
             return SimulatedSpeaker(self._sink)
         return RemoteSpeaker(
             tier,
-            _http if tier is Tier.HTTP else _camel,
+            _http if tier is Tier.HTTP else partial(_camel, self._camel_models, self._api_key),
             self._fleet,
             self._sink,
             timeout_s=self._timeout_s,
@@ -292,10 +302,14 @@ def _http() -> tuple[Transport, Stream | None]:
     return transport, transport.stream
 
 
-def _camel() -> tuple[Transport, Stream | None]:
+def _camel(models: Sequence[Any], api_key: str | None) -> tuple[Transport, Stream | None]:
+    return _camel_transport(models, api_key), None
+
+
+def _camel_transport(models: Sequence[Any], api_key: str | None) -> CamelTransport:
     from coterie.inference.camel import CamelTransport
 
-    return CamelTransport(), None
+    return CamelTransport(models, api_key=api_key)
 
 
 def _listens(server: ServerSpec) -> bool:

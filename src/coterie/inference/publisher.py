@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coterie.errors import ConfigError, EngineError
-from coterie.inference.canary import CanaryError, Content, Probe, check, content_of
+from coterie.inference.canary import CanaryError, Content, Probe, check, check_probe, content_of
 from coterie.inference.pool import ServerPool
 from coterie.inference.wire import FaultKind, ServerControl, ServerFault, ServerSpec, Transport
 from coterie.types import AdapterVersion, ModelId
@@ -153,8 +153,11 @@ class Publisher:
 
         Raises:
             PublishError: too few servers hold it now, or the version was published with other content.
+            CanaryError: an impossible probe.
         """
         began = self._clock()
+        if probe is not None:
+            check_probe(probe)
         record = self._record(version, directory, await asyncio.to_thread(content_of, directory), probe)
         healthy = {server.name for server in self._pool.healthy()}
         targets = [s for s in self._pool.servers() if s.name in healthy or s.name in self._out()]
@@ -231,7 +234,7 @@ class Publisher:
             CanaryError: the server serves something else under that name.
         """
         record = self._published.get(adapter_name)
-        if record is None or record.collected:
+        if record is None or record.collected or not record.flipped:
             raise PublishError(f"adapter {adapter_name!r} is not published, or was collected because it is too old")
         if (error := await self._try(server, record)) is not None:
             raise error

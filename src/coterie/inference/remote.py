@@ -26,7 +26,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import EngineError
+from coterie.errors import EngineError, RequestError
 from coterie.inference.attempts import Attempts
 from coterie.inference.calls import CallSink, NoCalls
 from coterie.inference.fleet import Fleet
@@ -35,7 +35,7 @@ from coterie.inference.pool import NoServers
 from coterie.inference.sampling import Distribution, uniform
 from coterie.inference.sharing import InFlight
 from coterie.inference.trust import TierFailedError, Trust, UnfitServerError, allowed_logprobs, check_reply
-from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, Transport, WireReply, WireRequest
+from coterie.inference.wire import FaultKind, RejectedRequest, ServerFault, ServerSpec, Transport, WireReply, WireRequest
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
 MAX_TOP = 20
@@ -101,23 +101,31 @@ class RemoteEngine:
         known, is the one-sample estimate -logprob.
 
         Raises:
+            RequestError: a server rejects what is in the request.
             EngineError: also when no server can answer (`NoServers`, `ServerFault`) or none can be trusted
                 (`TierFailedError`).
         """
         if not request.prompt_ids:
-            raise EngineError("prompt_ids is empty")
+            raise RequestError("prompt_ids is empty")
         if request.max_tokens < 1:
-            raise EngineError(f"max_tokens {request.max_tokens} must be at least 1")
+            raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
         self.fleet.name(request.adapter)
         born = time.perf_counter()
+        try:
+            made = await self._made(request)
+        except ServerFault as fault:
+            if fault.kind is FaultKind.REJECTED:
+                raise RejectedRequest.of(fault) from fault
+            raise
+        return replace(made, latency_s=time.perf_counter() - born)
+
+    async def _made(self, request: GenerateRequest) -> Generation:
         if request.choices is None:
             if request.distribution:
-                raise EngineError("distribution=True needs choices")
-            made = await self._text(request)
-        else:
-            root = build_trie(request.choices, request.stop_ids[0] if request.stop_ids else None)
-            made = await (self._exact(request, root) if request.distribution else self._choice(request, root))
-        return replace(made, latency_s=time.perf_counter() - born)
+                raise RequestError("distribution=True needs choices")
+            return await self._text(request)
+        root = build_trie(request.choices, request.stop_ids[0] if request.stop_ids else None)
+        return await (self._exact(request, root) if request.distribution else self._choice(request, root))
 
     async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None:
         """See `Engine.publish`. Version 0 needs no directory: it is the base."""

@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from coterie.errors import ConfigError, EngineError
+from coterie.errors import ConfigError, EngineError, RequestError
 from coterie.types import Tier
 
 
@@ -47,9 +47,19 @@ class ServerFault(EngineError):  # noqa: N818 - a fault is what the table above 
         code = f" ({status})" if status is not None else ""
         super().__init__(f"{server}: {kind}{code}: {message}")
         self.kind = kind
+        self.message = message
         self.server = server
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class RejectedRequest(ServerFault, RequestError):  # noqa: N818 - a fault like the others
+    """A REJECTED fault as an engine reports it: the request is at fault, so its episode fails and the run goes on."""
+
+    @staticmethod
+    def of(fault: ServerFault) -> RejectedRequest:
+        """The same fault."""
+        return RejectedRequest(fault.kind, fault.server, fault.message, status=fault.status)
 
 
 @dataclass(frozen=True, slots=True)

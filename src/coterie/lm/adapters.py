@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from coterie.errors import AdapterError
-from coterie.lm.bank import Adapter
+from coterie.lm.adapter import Adapter
 from coterie.lm.base import BaseModel
 from coterie.types import AdapterVersion
 

@@ -100,15 +100,37 @@ class TreePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """Rows of similar length: row b asks `queries[b]` (packed indices) and sees cache slots `keys[b]`."""
+class Trunk:
+    """Rows of a bucket that share their first tokens: those keys are read once for all of them."""
 
-    queries: Tensor
-    """int64 (rows, query_length), padded with 0."""
+    rows: tuple[int, int]
+    """Rows [start, end) of the bucket."""
+    slots: Tensor | tuple[int, int]
+    """int64 (length,) cache slots, or [start, end) where they lie side by side and nothing need be copied."""
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Rows of similar length: row b asks `queries[b]`; it sees the keys of its trunk and then cache slots `keys[b]`.
+
+    Rows that answer the same prompt share a trunk, so a prompt asked by sixteen episodes is read once, not sixteen
+    times. Scores of trunk and own keys are laid side by side and normalised together: the result is plain attention.
+    """
+
+    queries: Tensor | None
+    """int64 (rows * query_length,), padded with 0; None: all packed tokens in order."""
+    rows: int
+    query_length: int
     keys: Tensor
     """int64 (rows, key_length), padded with slot 0."""
-    mask: Tensor
-    """float (rows, query_length, key_length): 0 where visible, -inf where not."""
+    trunks: tuple[Trunk, ...]
+    mask: Tensor | None
+    """float (rows, query_length, trunk length + key_length): 0 where visible, -inf where not; None: all visible."""
+
+    @property
+    def trunk_length(self) -> int:
+        return max((trunk.length for trunk in self.trunks), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,31 +138,67 @@ class CachePlan:
     """New tokens written to cache slots; keys read back by slot. Inference only."""
 
     keys: Sequence[Tensor]
-    """One pool per layer, (slots, kv_heads, dim)."""
+    """One pool per layer, (kv_heads, slots, dim)."""
     values: Sequence[Tensor]
     slots: Tensor
     """int64 (T,): where each packed token's key and value go."""
     buckets: tuple[Bucket, ...]
-    order: Tensor
-    """int64 (T,): position of each packed token in the concatenated, padded bucket outputs."""
+    order: Tensor | None
+    """int64 (T,): position of each packed token in the concatenated, padded bucket outputs; None: as they come."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pool_k, pool_v = self.keys[layer], self.values[layer]
-        pool_k.index_copy_(0, self.slots, k)
-        pool_v.index_copy_(0, self.slots, v)
-        heads, kv_heads, dim = q.shape[1], k.shape[1], k.shape[2]
-        group = heads // kv_heads
-        outputs = []
-        for bucket in self.buckets:
-            rows, lq = bucket.queries.shape
-            lk = bucket.keys.shape[1]
-            queries = q.index_select(0, bucket.queries.flatten()).view(rows, lq, kv_heads, group, dim)
-            queries = queries.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * lq, dim)
-            keys = pool_k.index_select(0, bucket.keys.flatten()).view(rows, lk, kv_heads, dim).permute(0, 2, 3, 1)
-            values = pool_v.index_select(0, bucket.keys.flatten()).view(rows, lk, kv_heads, dim).permute(0, 2, 1, 3)
-            scores = torch.matmul(queries, keys).mul_(scale).view(rows, kv_heads, group, lq, lk)
-            scores += bucket.mask[:, None, None].to(scores.dtype)
-            weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(rows, kv_heads, group * lq, lk)
-            out = torch.matmul(weights, values).view(rows, kv_heads, group, lq, dim)
-            outputs.append(out.permute(0, 3, 1, 2, 4).reshape(rows * lq, heads, dim))
-        return torch.cat(outputs).index_select(0, self.order)
+        pool_k.index_copy_(1, self.slots, k.transpose(0, 1))
+        pool_v.index_copy_(1, self.slots, v.transpose(0, 1))
+        kv_heads = k.shape[1]
+        # (T, heads, dim) -> (kv, T, group, dim): the query heads of one key head lie side by side
+        grouped = q.view(len(q), kv_heads, -1, q.shape[2]).transpose(0, 1) * scale
+        outputs = [_attend(bucket, grouped, pool_k, pool_v) for bucket in self.buckets]
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out if self.order is None else out.index_select(0, self.order)
+
+
+def _attend(bucket: Bucket, q: Tensor, pool_k: Tensor, pool_v: Tensor) -> Tensor:
+    """Attention of one bucket, q (kv, T, group, dim) already scaled -> (rows * query_length, heads, dim)."""
+    kv, _, group, dim = q.shape
+    rows, lq = bucket.rows, bucket.query_length
+    own, shared = bucket.keys.shape[1], bucket.trunk_length
+    if bucket.queries is not None:
+        q = q.index_select(1, bucket.queries)
+    # (kv * rows, group * lq, dim); for single queries this is a view of what the projection wrote
+    queries = q.reshape(kv, rows, lq, group, dim).transpose(2, 3).reshape(kv * rows, group * lq, dim)
+    places = bucket.keys.flatten()
+    keys = pool_k.index_select(1, places).view(kv * rows, own, dim)
+    values = pool_v.index_select(1, places).view(kv * rows, own, dim)
+    if not shared:
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+    else:
+        scores = queries.new_zeros(kv * rows, group * lq, shared + own)
+        scores[:, :, shared:] = torch.bmm(queries, keys.transpose(1, 2))
+        by_row = scores.view(kv, rows, group * lq, shared + own)
+        asked = queries.view(kv, rows, group * lq, dim)
+        for trunk in bucket.trunks:
+            a, b = trunk.rows
+            found = torch.bmm(asked[:, a:b].reshape(kv, -1, dim), _slots(pool_k, trunk.slots).transpose(1, 2))
+            by_row[:, a:b, :, : trunk.length] = found.view(kv, b - a, group * lq, trunk.length)
+    if bucket.mask is not None:
+        by_query = scores.view(kv, rows, group, lq, shared + own)
+        by_query += bucket.mask[None, :, None].to(scores.dtype)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    out = torch.bmm(weights[:, :, shared:], values)
+    if shared:
+        by_row = weights.view(kv, rows, group * lq, shared + own)
+        summed = out.view(kv, rows, group * lq, dim)
+        for trunk in bucket.trunks:
+            a, b = trunk.rows
+            part = by_row[:, a:b, :, : trunk.length].reshape(kv, -1, trunk.length)
+            summed[:, a:b] += torch.bmm(part, _slots(pool_v, trunk.slots)).view(kv, b - a, group * lq, dim)
+    # (kv, rows, group, lq, dim) -> (rows, lq, kv, group, dim)
+    return out.view(kv, rows, group, lq, dim).permute(1, 3, 0, 2, 4).reshape(rows * lq, kv * group, dim)
+
+
+def _slots(pool: Tensor, slots: Tensor | tuple[int, int]) -> Tensor:
+    """Keys or values of a trunk: (kv, length, dim)."""
+    if isinstance(slots, tuple):
+        return pool[:, slots[0] : slots[1]]
+    return pool.index_select(1, slots)

@@ -1,8 +1,7 @@
-"""All adapters in one place: the LoRA weights of every policy, and the linear layers that apply them.
+"""All adapters in one place, and the linear layers that apply them.
 
 Engine and learner share this bank, so a policy's next turn is sampled from exactly the weights the learner just
-wrote. Each adapter's A and B matrices are views into one flat float32 vector (and its gradient into another), which
-makes clipping, AdamW and checkpoints one operation per policy.
+wrote.
 
     y = x W^T + (alpha / rank) * (x A^T) B^T        A (rank, in), B (out, rank)      LoRA, Hu et al. 2021
 
@@ -12,7 +11,7 @@ no range pass through the bare base. Invariant: a token's gradient reaches exact
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,72 +20,41 @@ import torch
 from torch import Tensor, nn
 
 from coterie.errors import AdapterError
+from coterie.lm.adapter import Adapter, AdapterPool, Segment
 from coterie.types import AdapterVersion, ModelId
+
+BATCHED_SEGMENTS = 6
+"""Adapters of one pool from which a batched product is quicker than one after the other."""
+BATCHED_TOKENS = 48
+"""Tokens a segment up to which that holds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Where one layer's adapter lies in the flat vector."""
+class Batched:
+    """Short segments of neighbouring adapters of one pool, padded to one length."""
 
-    name: str
-    """Dotted path of the linear layer in the base model."""
-    fan_in: int
-    fan_out: int
-    offset: int
-
-    def a(self, flat: Tensor, rank: int) -> Tensor:
-        return flat[self.offset : self.offset + rank * self.fan_in].view(rank, self.fan_in)
-
-    def b(self, flat: Tensor, rank: int) -> Tensor:
-        start = self.offset + rank * self.fan_in
-        return flat[start : start + rank * self.fan_out].view(self.fan_out, rank)
-
-
-class Adapter:
-    """One policy's LoRA weights.
-
-    `flat` (size,) holds every A and B; `grad` (size,) their gradients, present only on adapters in training.
-    """
-
-    def __init__(
-        self, sizes: Sequence[tuple[str, int, int]], rank: int, alpha: float, device: torch.device, *, trainable: bool
-    ) -> None:
-        self.rank, self.alpha = rank, alpha
-        shapes: list[Shape] = []
-        offset = 0
-        for name, fan_in, fan_out in sizes:
-            shapes.append(Shape(name, fan_in, fan_out, offset))
-            offset += rank * (fan_in + fan_out)
-        self.shapes = tuple(shapes)
-        self.flat = torch.zeros(offset, dtype=torch.float32, device=device)
-        self.grad = torch.zeros_like(self.flat) if trainable else None
-        self.a: dict[str, Tensor] = {}
-        self.b: dict[str, Tensor] = {}
-        for shape in shapes:
-            for store, view in ((self.a, shape.a), (self.b, shape.b)):
-                # a leaf that shares storage with `flat`; its .grad shares storage with `grad`
-                leaf = view(self.flat, rank).detach()
-                if self.grad is not None:
-                    leaf.requires_grad_(True)
-                    leaf.grad = view(self.grad, rank)
-                store[shape.name] = leaf
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-    def initialise(self, seed: int) -> None:
-        """A uniform in ±1/sqrt(fan_in) from a generator seeded with `seed`, B zero: the policy starts as the base."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.flat.zero_()
-            for shape in self.shapes:
-                bound = 1 / math.sqrt(shape.fan_in)
-                values = torch.empty(self.rank, shape.fan_in).uniform_(-bound, bound, generator=generator)
-                shape.a(self.flat, self.rank).copy_(values)
+    pool: AdapterPool
+    first: int
+    """Row of the first adapter."""
+    index: Tensor
+    """int64 (adapters * length,): packed token of each place; padding repeats token 0."""
+    scaling: Tensor
+    """(adapters, 1, 1)"""
+    tokens: Tensor
+    """int64 (n,): packed tokens that are in these segments."""
+    places: Tensor
+    """int64 (n,): where they stand in the padded order."""
 
 
-Segment = tuple[Adapter, int, int]
+@dataclass(slots=True)
+class Route:
+    """Which packed tokens go through which adapter in the pass under way."""
+
+    segments: tuple[Segment, ...] = ()
+    single: tuple[Segment, ...] = ()
+    """Those applied one after the other, when no gradient is wanted."""
+    batched: tuple[Batched, ...] = ()
+    """And those applied together."""
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -132,18 +100,36 @@ class BankLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.name = name
-        self.bank_segments = bank.segments
+        self.route = bank.route
 
     def forward(self, x: Tensor) -> Tensor:
-        segments = self.bank_segments
+        segments = self.route.segments
         if not segments:
             return nn.functional.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
+        if not torch.is_grad_enabled():
+            return self._inference(flat).view(*x.shape[:-1], -1)
         leaves = [leaf for adapter, _, _ in segments for leaf in (adapter.a[self.name], adapter.b[self.name])]
         out: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            flat, self.weight, self.bias, tuple(segments), *leaves
+            flat, self.weight, self.bias, segments, *leaves
         )
         return out.view(*x.shape[:-1], -1)
+
+    def _inference(self, x: Tensor) -> Tensor:
+        """The same sum for (T, in) tokens, without autograd's bookkeeping and with short segments batched."""
+        out = nn.functional.linear(x, self.weight, self.bias)
+        for adapter, start, end in self.route.single:
+            a, b_t = adapter.factors(x.dtype)[self.name]
+            out[start:end].addmm_(nn.functional.linear(x[start:end], a), b_t, alpha=adapter.scaling)
+        for group in self.route.batched:
+            count = group.scaling.shape[0]
+            a = group.pool.a(self.name, group.first, count).to(x.dtype)
+            b = group.pool.b(self.name, group.first, count).to(x.dtype)
+            padded = x.index_select(0, group.index).view(count, -1, x.shape[-1])
+            h = torch.bmm(padded, a.transpose(1, 2)).mul_(group.scaling)
+            update = torch.bmm(h, b.transpose(1, 2)).view(-1, out.shape[-1])
+            out.index_add_(0, group.tokens, update.index_select(0, group.places))
+        return out
 
 
 class AdapterBank:
@@ -160,7 +146,10 @@ class AdapterBank:
         Raises:
             AdapterError: a target names no linear layer.
         """
-        self.segments: list[Segment] = []
+        self.route = Route()
+        self._passing = threading.RLock()
+        self._routed = False
+        self._pools: list[AdapterPool] = []
         self._training: dict[ModelId, Adapter] = {}
         self._versions: dict[ModelId, int] = {}
         self._frozen: dict[AdapterVersion, Adapter] = {}
@@ -191,14 +180,16 @@ class AdapterBank:
         """A new adapter in training, version 0, equal to the base."""
         if model_id in self._training:
             raise AdapterError(f"model {model_id!r} already has an adapter in this bank")
-        adapter = Adapter(self.sizes, rank, alpha, self.device, trainable=True)
+        adapter = Adapter(self._pool(rank), alpha, trainable=True)
         adapter.initialise(seed)
         self._training[model_id] = adapter
         self._versions[model_id] = 0
         return adapter
 
     def remove(self, model_id: ModelId) -> None:
-        del self._training[model_id], self._versions[model_id]
+        adapter = self._training.pop(model_id)
+        del self._versions[model_id]
+        adapter.pool.give_back(adapter.row)
 
     def training(self, model_id: ModelId) -> Adapter:
         """The adapter of a model in training."""
@@ -206,11 +197,39 @@ class AdapterBank:
 
     def empty(self, rank: int, alpha: float) -> Adapter:
         """A frozen adapter of zeros that fits this base, to be filled."""
-        return Adapter(self.sizes, rank, alpha, self.device, trainable=False)
+        return Adapter(self._pool(rank), alpha, trainable=False)
+
+    def _pool(self, rank: int) -> AdapterPool:
+        for pool in self._pools:
+            if pool.rank == rank and not pool.full:
+                return pool
+        self._pools.append(AdapterPool(self.sizes, rank, self.device))
+        return self._pools[-1]
 
     def freeze(self, version: AdapterVersion, adapter: Adapter) -> None:
         """Keep `adapter` under a version of its own; it is never trained."""
         self._frozen[version] = adapter
+
+    def keep(self, version: AdapterVersion) -> None:
+        """Freeze a copy of a model's current weights under `version`, so that it can still be asked while the learner
+        changes them."""
+        source = self._training[version.model_id]
+        copy = self.empty(source.rank, source.alpha)
+        with torch.no_grad():
+            copy.flat.copy_(source.flat)
+        copy.touch()
+        self.freeze(version, copy)
+
+    def kept(self, model_id: ModelId) -> tuple[AdapterVersion, ...]:
+        """Frozen versions of one model, oldest first."""
+        return tuple(sorted(version for version in self._frozen if version.model_id == model_id))
+
+    def drop(self, version: AdapterVersion) -> None:
+        """Forget a frozen version. Raises AdapterError when there is none."""
+        if version not in self._frozen:
+            raise AdapterError(f"adapter {version.name} is not among the frozen ones of this bank")
+        adapter = self._frozen.pop(version)
+        adapter.pool.give_back(adapter.row)
 
     def publish(self, version: AdapterVersion) -> None:
         """The training adapter of this model now goes by `version`."""
@@ -222,25 +241,75 @@ class AdapterBank:
         return version in self._frozen or self._versions.get(version.model_id) == version.version
 
     def get(self, version: AdapterVersion) -> Adapter:
-        """Raises AdapterError when this version is neither current nor kept."""
-        if self._versions.get(version.model_id) == version.version:
-            return self._training[version.model_id]
+        """The kept copy where there is one, else the adapter in training if it goes by this version.
+
+        Raises:
+            AdapterError: this version is neither current nor kept.
+        """
         if version in self._frozen:
             return self._frozen[version]
+        if self._versions.get(version.model_id) == version.version:
+            return self._training[version.model_id]
         current = self._versions.get(version.model_id)
         hint = f"its current version is {current}" if current is not None else "no such model is known"
         raise AdapterError(f"adapter {version.name} is not in the bank; {hint}")
 
     @contextmanager
     def routing(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """Within: packed tokens [start, end) of each segment go through its adapter."""
-        if self.segments:
-            raise RuntimeError("routing is already active; passes may not be nested")
-        self.segments.extend(segments)
-        try:
-            yield
-        finally:
-            self.segments.clear()
+        """Within: packed tokens [start, end) of each segment go through its adapter.
+
+        One pass at a time: a pass of another thread waits (a learner at work while episodes are played).
+        """
+        with self._passing:
+            if self._routed:
+                raise RuntimeError("routing is already active; passes may not be nested")
+            self._routed = True
+            self.route.segments = tuple(segments)
+            if not torch.is_grad_enabled():
+                self.route.single, self.route.batched = _divide(segments, self.device)
+            try:
+                yield
+            finally:
+                self.route.segments = self.route.single = self.route.batched = ()
+                self._routed = False
+
+
+def _divide(segments: Sequence[Segment], device: torch.device) -> tuple[tuple[Segment, ...], tuple[Batched, ...]]:
+    """Segments to be applied one after the other, and runs of short ones whose adapters are neighbours in a pool."""
+    runs: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: (id(s[0].pool), s[0].row)):
+        last = runs[-1][-1][0] if runs else None
+        if last is not None and last.pool is segment[0].pool and last.row + 1 == segment[0].row:
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    single: list[Segment] = []
+    batched = []
+    for run in runs:
+        if len(run) < BATCHED_SEGMENTS or sum(end - start for _, start, end in run) > BATCHED_TOKENS * len(run):
+            single.extend(run)
+        else:
+            batched.append(_batched(run, device))
+    return tuple(single), tuple(batched)
+
+
+def _batched(run: Sequence[Segment], device: torch.device) -> Batched:
+    length = max(end - start for _, start, end in run)
+    index = torch.zeros(len(run), length, dtype=torch.int64)
+    tokens, places = [], []
+    for number, (_, start, end) in enumerate(run):
+        index[number, : end - start] = torch.arange(start, end)
+        tokens.append(torch.arange(start, end))
+        places.append(torch.arange(number * length, number * length + end - start))
+    scaling = torch.tensor([adapter.scaling for adapter, _, _ in run])
+    return Batched(
+        run[0][0].pool,
+        run[0][0].row,
+        index.flatten().to(device),
+        scaling[:, None, None].to(device),
+        torch.cat(tokens).to(device),
+        torch.cat(places).to(device),
+    )
 
 
 def _layer_index(name: str) -> int:

@@ -6,20 +6,23 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coterie.config import BaseConfig
 from coterie.errors import BaseModelError
 from coterie.lm import attention
+from coterie.lm.adapter import Segment
 from coterie.lm.attention import Plan
-from coterie.lm.bank import AdapterBank, Segment
+from coterie.lm.bank import AdapterBank
 from coterie.lm.chat import TokenizerChat
 from coterie.lm.embedded import resolve_base
 from coterie.lm.quiet import quiet_transformers
@@ -52,16 +55,44 @@ class BaseModel:
 
     def hidden(self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,)."""
-        with self.bank.routing(segments) if segments else nullcontext():
-            out = self.model.get_decoder()(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, plan=plan
-            )
+        with self.bank.routing(segments):
+            return self._decode(token_ids, positions, plan)
+
+    @contextmanager
+    def trained(
+        self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment], *, checkpoint: bool = False
+    ) -> Iterator[Tensor]:
+        """The same, with gradients; the backward pass has to happen inside the context.
+
+        With `checkpoint` each layer keeps only its input and is computed again on the way back, which needs the same
+        routing once more.
+        """
+        with self.bank.routing(segments), _checkpointed(self.model) if checkpoint else nullcontext():
+            yield self._decode(token_ids, positions, plan)
+
+    def _decode(self, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        out = self.model.get_decoder()(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, plan=plan
+        )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all."""
         head = self.head if rows is None else self.head.index_select(0, rows)
         return torch.nn.functional.linear(hidden, head).float()
+
+
+@contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """Within: every decoder layer keeps its input only, and runs again on the way back."""
+    layers = model.get_decoder().layers
+    for layer in layers:
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def native_bfloat16(device: torch.device) -> bool:

@@ -17,10 +17,17 @@ from coterie.lm.quiet import quiet_transformers
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Family = Literal["llama", "qwen2"]
+Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma"]
 
-FAMILIES: dict[str, str] = {"llama": "LlamaConfig", "qwen2": "Qwen2Config"}
-"""Family -> its config class in transformers. qwen2 differs from llama by biases on q, k and v."""
+FAMILIES: dict[str, str] = {
+    "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "mistral": "MistralConfig",
+    "gemma": "GemmaConfig",
+}
+"""Family -> its config class in transformers. Against llama, qwen2 has biases on q, k and v; qwen3 normalises queries
+and keys per head; gemma scales embeddings, adds one to the weights of its norms, and has GELU gates."""
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -88,6 +95,10 @@ def tiny_random(directory: Path, *, seed: int = 0, family: Family = "llama") -> 
         "pad_token_id": fast.pad_token_id,
         "dtype": "float32",
     }
+    if family in ("qwen3", "gemma"):
+        options["head_dim"] = 16
+    if family == "mistral":
+        options["sliding_window"] = None
     config = getattr(transformers, FAMILIES[family])(**options)
     # The constructor draws its own initial weights from the global generator; they are replaced below.
     with torch.random.fork_rng(devices=[]):
@@ -97,7 +108,7 @@ def tiny_random(directory: Path, *, seed: int = 0, family: Family = "llama") -> 
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.1 * noise)
+                parameter.copy_((0 if family == "gemma" else 1) + 0.1 * noise)
             elif "embed" in name or parameter.ndim == 1:
                 # Wide enough that next-token probabilities are clearly uneven (logits of deviation about 1).
                 parameter.copy_(0.125 * noise)

@@ -103,6 +103,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, NothingAllowedError):
         return rejected(str(error))
+    if isinstance(error, RecursionError):
+        return rejected("The request is nested too deeply.")
     if isinstance(error, CoterieError):
         _log.error("request failed: %s", error)
         return failed(str(error))

@@ -115,6 +115,8 @@ async def complete(engine: TokenEngine, answers: Sequence[tuple[int, Answer]]) -
     finally:
         for task in tasks:
             task.cancel()
+        # the adapter may be let go once nothing runs under it, so leave no sooner
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 Numbered = tuple[int, Piece]

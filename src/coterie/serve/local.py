@@ -215,3 +215,4 @@ async def _all(work: Iterable[Coroutine[Any, Any, NDArray[np.float32]]]) -> list
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

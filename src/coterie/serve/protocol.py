@@ -90,7 +90,7 @@ class SamplingBody(Body):
     ignore_eos: bool = False
     min_tokens: int = Field(default=0, ge=0)
     skip_special_tokens: bool = True
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[int, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = Field(default=None, ge=-1)
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
@@ -212,6 +212,14 @@ class NamedToolChoice(Body):
     function: NamedFunction
 
 
+_RENDERING = frozenset(
+    ("conversation", "chat_template", "tools", "documents", "add_generation_prompt", "continue_final_message",
+     "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+     "return_assistant_tokens_mask", "tokenizer_kwargs")
+)  # fmt: skip
+"""How the server calls the template; a request sets what the template itself asks for."""
+
+
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
@@ -239,6 +247,10 @@ class ChatBody(SamplingBody):
             )
         if data.get("chat_template"):
             raise ValueError("`chat_template` is not supported by this server; it uses the model's own.")
+        wanted = data.get("chat_template_kwargs")
+        fixed = sorted(_RENDERING.intersection(wanted)) if isinstance(wanted, Mapping) else []
+        if fixed:
+            raise ValueError(f"chat_template_kwargs.{fixed[0]} is not for requests to set.")
         if data.get("continue_final_message"):
             if data.get("add_generation_prompt"):
                 raise ValueError("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")

@@ -86,7 +86,8 @@ async def serve(
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
+        with suppress(NotImplementedError):  # Windows: Ctrl-C then ends the process without draining
+            loop.add_signal_handler(number, signals.put_nowait, number)
     try:
         for name, path in (adapters or {}).items():
             try:
@@ -104,7 +105,8 @@ async def serve(
                 await _drained(lambda: not service.sequences, signals, drain_s)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+            with suppress(NotImplementedError):
+                loop.remove_signal_handler(number)
         await engine.close()
     say("stopped")
 

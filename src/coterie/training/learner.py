@@ -137,12 +137,12 @@ class Learner:
         if self.config.kl_coefficient > 0:
             with torch.no_grad():
                 reference = base.hidden(ids, positions, plan, [])
-        hidden = base.hidden(ids, positions, plan, segments)
         scale = torch.tensor([1.0 / max(1, n) for n in batch.turns], device=device)
-        losses = []
-        for head, entries in heads.items():
-            losses.append(self._head_loss(head, entries, hidden, reference, scale, batch, stats, first))
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        with base.trained(ids, positions, plan, segments, checkpoint=self.config.gradient_checkpointing) as hidden:
+            losses = []
+            for head, entries in heads.items():
+                losses.append(self._head_loss(head, entries, hidden, reference, scale, batch, stats, first))
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     def _head_loss(
         self,
@@ -215,6 +215,7 @@ class Learner:
         optimizer = self._optimizers[model_id]
         optimizer.param_groups[0]["lr"] = stats.learning_rate
         optimizer.step()
+        adapter.touch()
         stats.stepped = True
 
     def schedule(self, update: int) -> float:
@@ -244,6 +245,7 @@ class Learner:
             adapter = self.base.bank.training(model_id)
             with torch.no_grad():
                 adapter.flat.copy_(state[f"{model_id}/weights"])
+            adapter.touch()
             (parameter,) = optimizer.param_groups[0]["params"]
             optimizer.state.clear()
             if f"{model_id}/step" in state:

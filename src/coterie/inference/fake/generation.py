@@ -170,7 +170,7 @@ def _sample(steps: Floats, u: float, temperature: float) -> int:
     if temperature == 0 or len(steps) == 1:
         return int(np.argmax(steps))
     cumulative = np.cumsum(np.exp(steps))
-    return int(np.searchsorted(cumulative, u * cumulative[-1], side="right").clip(0, len(steps) - 1))
+    return min(int(cumulative.searchsorted(u * cumulative[-1], side="right")), len(steps) - 1)
 
 
 def _top(ids: Sequence[int], steps: Floats, place: int, count: int) -> Mapping[int, float]:

@@ -18,7 +18,7 @@ from coterie.types import AdapterVersion
 class Node:
     """One cached token."""
 
-    __slots__ = ("children", "depth", "hidden", "memo", "parent", "slot", "token")
+    __slots__ = ("children", "depth", "hidden", "memo", "parent", "places", "slot", "token", "trunk")
 
     def __init__(self, token: int, parent: Node | None, depth: int) -> None:
         self.token = token
@@ -30,6 +30,22 @@ class Node:
         self.memo: dict[object, object] = {}
         """Sampling distributions already made at this node."""
         self.children: dict[int, Node] = {}
+        self.trunk: Node | None = None
+        """The last token of the prompt this node answers: what its siblings share and attend to together."""
+        self.places: list[int] | None = None
+        """Slots of the whole path, remembered where they were asked for."""
+
+    def slots(self) -> list[int]:
+        """Slots from the first token of the prompt to this one; all must be computed or being computed."""
+        if self.places is None:
+            missing = []
+            node: Node | None = self
+            while node is not None and node.depth >= 0 and node.places is None:
+                missing.append(node.slot)
+                node = node.parent
+            missing.reverse()
+            self.places = [*node.places, *missing] if node is not None and node.places is not None else missing
+        return self.places
 
     def path(self) -> list[Node]:
         """Nodes from the first token of the prompt to this one."""
@@ -47,6 +63,13 @@ class Node:
             node = self.children[token] = Node(token, self, self.depth + 1)
         return node
 
+    def answer(self, token: int) -> Node:
+        """The child that continues an answer: it shares this node's trunk, or begins after the prompt's end here."""
+        node = self.child(token)
+        if node.trunk is None:
+            node.trunk = self.trunk or self
+        return node
+
 
 class PrefixCache:
     """Slots and the tree over them."""
@@ -55,7 +78,8 @@ class PrefixCache:
         self, layers: int, kv_heads: int, head_dim: int, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots = slots
-        self.keys = [torch.zeros(slots, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [torch.zeros(kv_heads, slots, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+        """One pool per layer, (kv_heads, slots, head_dim): a run of slots is a matrix per head, ready to multiply."""
         self.values = [torch.zeros_like(k) for k in self.keys]
         self._roots: dict[AdapterVersion | None, Node] = {}
         self._prompts: dict[tuple[AdapterVersion | None, tuple[int, ...]], Node] = {}
@@ -102,7 +126,7 @@ class PrefixCache:
                 if child.slot >= 0:
                     self._free.append(child.slot)
                     child.slot = -1
-                child.hidden = None
+                child.hidden = child.places = None
                 child.memo.clear()
                 if id(child) not in known:
                     del node.children[token]

@@ -27,12 +27,14 @@ from coterie.inference.local.sampler import (
     sample_vocabulary,
     scaled_logprobs,
     uniform,
+    vocabulary_entropy,
 )
 from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass
 from coterie.lm.attention import CachePlan
 from coterie.lm.base import BaseModel
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
+_FORBIDDEN = -1e30
 _QUIET_ROUNDS = 3
 """Turns of the event loop without a new request after which a step starts."""
 
@@ -85,6 +87,8 @@ class LocalEngine:
             raise EngineError("the in-process engine shares the learner's weights; publish with adapter_dir=None")
         self.base.bank.publish(version)
         self.cache.clear()
+        for run in self._runs:  # what was computed for those on their way is gone with the rest
+            run.node = self.cache.node(run.request.adapter, (*run.request.prompt_ids, *run.tokens))
 
     async def close(self) -> None:
         for run in self._runs:
@@ -303,20 +307,23 @@ class LocalEngine:
         logits = self.base.logits(torch.stack([run.node.hidden for run in heads if run.node.hidden is not None]))
         for run, row in zip(heads, logits, strict=True):
             for token, value in (run.request.bias or {}).items():
-                row[token] += value
-        temperatures = torch.tensor([run.request.temperature or 1.0 for run in heads], device=logits.device)
-        logprobs = (logits / temperatures[:, None]).log_softmax(-1)
-        entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
-        rows, members = [], []
-        for number, group in enumerate(groups.values()):
-            rows.extend([number] * len(group))
-            members.extend(group)
-        tokens, chosen = sample_vocabulary(
-            logprobs[torch.tensor(rows, device=logits.device)],
-            [uniform(run.request.seed, len(run.tokens)) for run in members],
-            [run.request.temperature == 0 for run in members],
-        )
-        for run, number, token, logprob in zip(members, rows, tokens, chosen, strict=True):
+                # a finite floor forbids as well as -inf does, and keeps 0 * z out of NaN
+                row[token] += max(value, _FORBIDDEN)
+        temperatures = [run.request.temperature or 1.0 for run in heads]
+        if any(temperature != 1.0 for temperature in temperatures):
+            logits /= torch.tensor(temperatures, device=logits.device)[:, None]
+        probs = logits.softmax(-1)
+        members = [run for group in groups.values() for run in group]
+        rows = [number for number, group in enumerate(groups.values()) for _ in group]
+        at = torch.tensor(rows, device=logits.device)
+        tokens = sample_vocabulary(probs, at, [uniform(run.request.seed, len(run.tokens)) for run in members])
+        if any(run.request.temperature == 0 for run in members):
+            greedy = torch.tensor([run.request.temperature == 0 for run in members], device=logits.device)
+            tokens = torch.where(greedy, logits.argmax(-1).index_select(0, at), tokens)
+        chosen = probs[at, tokens].log().tolist()
+        firsts = torch.tensor([rows.index(number) for number in range(len(heads))], device=logits.device)
+        entropy = vocabulary_entropy(logits, probs, tokens.index_select(0, firsts)).tolist()
+        for run, number, token, logprob in zip(members, rows, tokens.tolist(), chosen, strict=True):
             self._advance(run, token, logprob, entropy[number], None)
 
     def _advance(self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None) -> None:
@@ -328,7 +335,7 @@ class LocalEngine:
             run.trie = run.trie.children[token]
             if run.trie.final:
                 return
-        run.node = run.node.child(token)
+        run.node = run.node.answer(token)
 
     def _skip_forced(self, run: _Run) -> None:
         """Walk through tokens that have no alternative; they need no logits."""

@@ -39,11 +39,40 @@ def distributions(logprobs: Tensor, allowed: tuple[int, ...]) -> list[Distributi
     ]
 
 
-def sample_vocabulary(logprobs: Tensor, uniforms: list[float], greedy: list[bool]) -> tuple[list[int], list[float]]:
-    """Tokens and log-probabilities for rows of full-vocabulary log-probabilities (n, vocabulary)."""
-    cumulative = logprobs.exp().cumsum(-1)
-    u = torch.tensor(uniforms, dtype=cumulative.dtype, device=cumulative.device)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, u, right=True).clamp_(max=logprobs.shape[-1] - 1)
-    if any(greedy):
-        tokens = torch.where(torch.tensor(greedy, device=tokens.device)[:, None], logprobs.argmax(-1, True), tokens)
-    return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist()
+_CHUNK = 256
+"""Tokens whose probabilities are summed before one of them is looked for."""
+
+
+def vocabulary_entropy(logits: Tensor, probs: Tensor, at: Tensor) -> Tensor:
+    """Entropy in nats (n,) of rows of finite scaled logits (n, vocabulary) with probabilities `probs`.
+
+    H = log Z - sum p z: one pass over the rows, where -sum p log p takes a logarithm of every entry. `at` (n,) is a
+    token of each row that has some probability; log Z = z - log p is read there.
+    """
+    where = at[:, None]
+    log_z = logits.gather(-1, where)[:, 0] - probs.gather(-1, where)[:, 0].log()
+    return log_z - torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0]
+
+
+def sample_vocabulary(probs: Tensor, rows: Tensor, uniforms: list[float]) -> Tensor:
+    """Tokens (m,): the i-th drawn by `uniforms[i]` from row `rows[i]` of probabilities (n, vocabulary).
+
+    By inverse cumulative probability in two levels, chunks first: one pass over the rows, and less rounding than one
+    long running sum.
+    """
+    n, size = probs.shape
+    whole = size // _CHUNK * _CHUNK
+    chunks = probs[:, :whole].view(n, -1, _CHUNK).sum(-1)
+    if whole < size:
+        chunks = torch.cat([chunks, probs[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    ends = chunks.double().cumsum(-1).index_select(0, rows)
+    target = torch.tensor(uniforms, dtype=torch.float64, device=probs.device)[:, None] * ends[:, -1:]
+    chunk = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
+    before = torch.where(chunk > 0, ends.gather(1, (chunk - 1).clamp(min=0)), 0.0)
+    # the vocabulary's last chunk may be short: columns past its end have no probability
+    columns = chunk * _CHUNK + torch.arange(_CHUNK, device=probs.device)[None]
+    inside = probs[rows[:, None], columns.clamp(max=size - 1)].double() * (columns < size)
+    place = torch.searchsorted(inside.cumsum(-1), target - before, right=True)
+    # rounding may carry the target past the chunk's sum: the last token that has any probability is meant
+    last = _CHUNK - 1 - (inside > 0).flip(-1).to(torch.int8).argmax(-1, keepdim=True)
+    return (chunk * _CHUNK + torch.minimum(place, last))[:, 0]

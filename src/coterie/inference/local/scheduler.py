@@ -7,13 +7,15 @@ token budget. New tokens form chains; each chain is one row of attention, and ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coterie.inference.local.cache import Node
-from coterie.lm.attention import Bucket
+from coterie.lm.attention import Bucket, Trunk
 from coterie.types import AdapterVersion
 
 
@@ -64,8 +66,20 @@ def plan_pass(waiting: Sequence[tuple[AdapterVersion | None, Node]], budget: int
     return Pass(tuple(nodes), tuple(segments), tuple(index[id(node)] for node in wanted), served)
 
 
-def attention_rows(nodes: Sequence[Node]) -> list[tuple[list[int], list[int]]]:
-    """Rows of (packed indices of a chain's new tokens, cache slots of its whole path), for nodes that have slots."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of attention: the new tokens of a chain and what they see."""
+
+    queries: list[int]
+    """Packed indices of the chain's new tokens."""
+    keys: list[int]
+    """Cache slots of the whole path."""
+    trunk: Node | None = None
+    """Last token of what the row shares with its siblings; a row with one only asks a single new token."""
+
+
+def attention_rows(nodes: Sequence[Node]) -> list[Row]:
+    """The rows of new tokens, for nodes that have slots."""
     index = {id(node): i for i, node in enumerate(nodes)}
     children: dict[int, int] = {}
     for node in nodes:
@@ -84,40 +98,111 @@ def attention_rows(nodes: Sequence[Node]) -> list[tuple[list[int], list[int]]]:
         head_of[id(node)] = head
         chains[head].append(i)
         ends[head] = node
-    return [(chain, [step.slot for step in ends[head].path()]) for head, chain in chains.items()]
+    return [
+        Row(
+            chain,
+            ends[head].slots(),
+            ends[head].trunk if len(chain) == 1 and id(ends[head].trunk) not in index else None,
+        )
+        for head, chain in chains.items()
+    ]
 
 
-def buckets(
-    rows: Sequence[tuple[list[int], list[int]]], tokens: int, device: torch.device
-) -> tuple[tuple[Bucket, ...], Tensor]:
+TRUNK_TOKENS = 24
+"""Shared tokens from which reading them once for all rows is worth two more products a layer."""
+
+
+def buckets(rows: Sequence[Row], tokens: int, device: torch.device) -> tuple[tuple[Bucket, ...], Tensor | None]:
     """Pad rows of similar length together; also the position of each packed token in the padded outputs."""
-    groups: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
+    families: dict[int, list[Row]] = {}
     for row in rows:
-        groups.setdefault((_rounded(len(row[0])), _rounded(len(row[1]))), []).append(row)
-    made = []
-    order = torch.zeros(tokens, dtype=torch.int64)
+        if row.trunk is not None and row.trunk.depth + 1 >= TRUNK_TOKENS:
+            families.setdefault(id(row.trunk), []).append(row)
+    shared = {id(row) for family in families.values() if len(family) > 1 for row in family}
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if id(row) not in shared:
+            lq, lk = len(row.queries), len(row.keys)
+            groups.setdefault((_rounded(lq), _rounded(lk) if lq > 1 else _power(lk)), []).append(row)
+    made = [_bucket(group, [], device) for group in groups.values()]
+    # siblings stand together, families of similar length in one bucket
+    together: dict[tuple[int, int], list[list[Row]]] = {}
+    for family in families.values():
+        if len(family) > 1:
+            trunk = family[0].trunk
+            assert trunk is not None
+            own = max(len(row.keys) for row in family) - trunk.depth - 1
+            together.setdefault((_power(trunk.depth + 1), _power(own)), []).append(family)
+    made.extend(_bucket([row for family in some for row in family], some, device) for some in together.values())
+    order = np.zeros(tokens, np.int64)
     base = 0
-    for group in groups.values():
-        lq = max(len(q) for q, _ in group)
-        lk = max(len(k) for _, k in group)
-        queries = torch.tensor([q + [0] * (lq - len(q)) for q, _ in group])
-        keys = torch.tensor([k + [0] * (lk - len(k)) for _, k in group])
-        q_len = torch.tensor([len(q) for q, _ in group])[:, None, None]
-        k_len = torch.tensor([len(k) for _, k in group])[:, None, None]
-        # query i of a row is the (k_len - q_len + i)-th token of its path; padded queries see the first key only
-        last = (k_len - q_len + torch.arange(lq)[None, :, None]).clamp(max=k_len - 1)
-        visible = torch.arange(lk)[None, None, :] <= last
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-        for number, (q, _) in enumerate(group):
-            order[q] = torch.arange(base + number * lq, base + number * lq + len(q))
-        base += len(group) * lq
-        made.append(Bucket(queries.to(device), keys.to(device), mask.to(device)))
-    return tuple(made), order.to(device)
+    for bucket, group in made:
+        for row in group:
+            order[row.queries] = np.arange(base, base + len(row.queries))
+            base += bucket.query_length
+    if len(made) == 1 and base == tokens and (order == np.arange(tokens)).all():
+        return (replace(made[0][0], queries=None),), None
+    return tuple(bucket for bucket, _ in made), torch.from_numpy(order).to(device)
+
+
+def _bucket(group: list[Row], families: Sequence[list[Row]], device: torch.device) -> tuple[Bucket, list[Row]]:
+    """One bucket of `group`; with `families`, its rows in that order, each family sharing its trunk."""
+    shared = [0] * len(group)
+    trunks = []
+    first = 0
+    for family in families:
+        node = family[0].trunk
+        assert node is not None
+        length = node.depth + 1
+        trunks.append(Trunk((first, first + len(family)), _run_of(node.slots(), device), length))
+        shared[first : first + len(family)] = [length] * len(family)
+        first += len(family)
+    front = max(shared, default=0)
+    lq = max(len(row.queries) for row in group)
+    own = [len(row.keys) - s for row, s in zip(group, shared, strict=True)]
+    lk = max(own)
+    queries = np.zeros((len(group), lq), np.int64)
+    keys = np.zeros((len(group), lk), np.int64)
+    for number, (row, s, n) in enumerate(zip(group, shared, own, strict=True)):
+        queries[number, : len(row.queries)] = row.queries
+        keys[number, :n] = row.keys[s:]
+    mask = None
+    if lq > 1 or min(own) < lk or (families and min(shared) < front):
+        q_len = np.array([len(row.queries) for row in group])[:, None, None]
+        k_len = np.array(own)[:, None, None]
+        # query i of a row is the (k_len - q_len + i)-th of its own keys; padded queries see the first key only
+        last = np.minimum(k_len - q_len + np.arange(lq)[None, :, None], k_len - 1)
+        visible = np.arange(lk)[None, None, :] <= last
+        if front:
+            seen = np.arange(front)[None, None, :] < np.array(shared)[:, None, None]
+            visible = np.concatenate([np.broadcast_to(seen, (len(group), lq, front)), visible], axis=2)
+        mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), float("-inf")).to(device)
+    made = Bucket(
+        torch.from_numpy(queries.reshape(-1)).to(device),
+        len(group),
+        lq,
+        torch.from_numpy(keys).to(device),
+        tuple(trunks),
+        mask,
+    )
+    return made, group
+
+
+def _run_of(slots: list[int], device: torch.device) -> Tensor | tuple[int, int]:
+    """Slots as [start, end) when they lie side by side."""
+    if slots[-1] - slots[0] == len(slots) - 1 and all(b - a == 1 for a, b in pairwise(slots)):
+        return slots[0], slots[-1] + 1
+    return torch.tensor(slots, device=device)
 
 
 def _rounded(length: int) -> int:
-    """Lengths that may share a bucket: up to a quarter of padding."""
+    """Lengths that may share a bucket of several queries a row: up to a quarter of padding."""
     if length <= 4:
         return length
     step = 1 << max(0, length.bit_length() - 3)
     return -(-length // step) * step
+
+
+def _power(length: int) -> int:
+    """Lengths that may share a bucket of single queries: few buckets matter more than little padding."""
+    return 1 << max(4, (length - 1).bit_length())
