@@ -26,8 +26,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import EngineError, RequestError
+from coterie.errors import EngineError
 from coterie.inference.attempts import Attempts
+from coterie.inference.base import check_request
 from coterie.inference.calls import CallSink, NoCalls
 from coterie.inference.fleet import Fleet
 from coterie.inference.local.choices import TrieNode, build_trie
@@ -35,7 +36,15 @@ from coterie.inference.pool import NoServers
 from coterie.inference.sampling import Distribution, uniform
 from coterie.inference.sharing import InFlight
 from coterie.inference.trust import TierFailedError, Trust, UnfitServerError, allowed_logprobs, check_reply
-from coterie.inference.wire import FaultKind, RejectedRequest, ServerFault, ServerSpec, Transport, WireReply, WireRequest
+from coterie.inference.wire import (
+    FaultKind,
+    RejectedRequest,
+    ServerFault,
+    ServerSpec,
+    Transport,
+    WireReply,
+    WireRequest,
+)
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 
 MAX_TOP = 20
@@ -105,10 +114,7 @@ class RemoteEngine:
             EngineError: also when no server can answer (`NoServers`, `ServerFault`) or none can be trusted
                 (`TierFailedError`).
         """
-        if not request.prompt_ids:
-            raise RequestError("prompt_ids is empty")
-        if request.max_tokens < 1:
-            raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
+        check_request(request)
         self.fleet.name(request.adapter)
         born = time.perf_counter()
         try:
@@ -121,8 +127,6 @@ class RemoteEngine:
 
     async def _made(self, request: GenerateRequest) -> Generation:
         if request.choices is None:
-            if request.distribution:
-                raise RequestError("distribution=True needs choices")
             return await self._text(request)
         root = build_trie(request.choices, request.stop_ids[0] if request.stop_ids else None)
         return await (self._exact(request, root) if request.distribution else self._choice(request, root))
