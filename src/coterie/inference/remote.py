@@ -335,36 +335,34 @@ class RemoteEngine:
                 fleet.forget(server.name)
                 self._trust.forget(server.name)
 
-        while True:
-            try:
-                reply, queued = await fleet.pool.run(
-                    call,
-                    needs=name,
-                    prefix=hash(point.prompt_ids[:_PREFIX_TOKENS]),
-                    timeout_s=self._timeout_s,
-                    on_fault=failed,
-                    weight=float(max_tokens),
-                    patient=not self.goes_on(),
-                )
-            except UnfitServerError as error:
-                records.unfit(error.server, error)
-                # through a chat transport the fault may be the transport's, and the server serve other tiers well
-                if not self._chat:
-                    self._trust.refuse(asked_of[0], str(error))
-                    if fleet.pool.healthy():
-                        continue
-                records.given_up(error)
-                raise
-            except EngineError as error:
-                records.given_up(error)
-                if isinstance(error, NoServers) and fleet.refused:
-                    raise TierFailedError(f"{error} ({'; '.join(fleet.refused.values())})") from error
-                raise
-            except asyncio.CancelledError:
-                records.cancelled()
-                raise
-            records.answered(reply, queued, self._shown(point, reply))
-            return reply
+        try:
+            with records:
+                while True:
+                    try:
+                        reply, queued = await fleet.pool.run(
+                            call,
+                            needs=name,
+                            prefix=hash(point.prompt_ids[:_PREFIX_TOKENS]),
+                            timeout_s=self._timeout_s,
+                            on_fault=failed,
+                            weight=float(max_tokens),
+                            patient=not self.goes_on(),
+                        )
+                        break
+                    except UnfitServerError as error:
+                        records.unfit(error.server, error)
+                        # through a chat transport the fault may be the transport's, and the server serve others well
+                        if self._chat:
+                            raise
+                        self._trust.refuse(asked_of[0], str(error))
+                        if not fleet.pool.healthy():
+                            raise
+        except NoServers as error:
+            if fleet.refused:
+                raise TierFailedError(f"{error} ({'; '.join(fleet.refused.values())})") from error
+            raise
+        records.answered(reply, queued, self._shown(point, reply))
+        return reply
 
     def _prompt(self, point: _Point, request: GenerateRequest) -> dict[str, Any]:
         """The prompt as this transport sends it."""
