@@ -167,7 +167,7 @@ class MultiModelEnvironment:
         config = added.config
         others = [m.config for m in self.models.values()]
         try:
-            check_models([*others, config], self.config.max_models, TrainingMode.COOPERATIVE)
+            check_models([*others, config], self.config.max_models, self.config.mode, complete=False)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if config.model_name not in (None, self.config.base.model):
@@ -175,8 +175,6 @@ class MultiModelEnvironment:
                 f"model {config.model_id!r} names base {config.model_name!r}, but this run's base is "
                 f"{self.config.base.model!r}; all policies of a run share one base (set base.model)"
             )
-        if self.config.mode is TrainingMode.TEAM_BATTLE and config.team_id is None:
-            raise ConfigError(f"mode team_battle needs a team_id for every model; {config.model_id!r} has none")
         if added.version and added.adapter_dir is None:
             raise ConfigError(
                 f"model {added.adapter.name} brings no weights: this version is saved nowhere. Train it in a run "
