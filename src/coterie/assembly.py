@@ -1,6 +1,6 @@
 """Putting a run together: from settings and rules, which are light, to a loop that can train, which is not.
 
-    base -> an adapter for every model -> engine -> runner (scenario at tables) -> learner -> TrainingLoop
+    base -> an adapter for every model -> engines -> runner (scenario at tables) -> learner -> TrainingLoop
 
 Importing this imports torch; whoever must answer at once imports it late.
 """
@@ -9,21 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
 
 from coterie.errors import AdapterError
 from coterie.evaluation import Evaluator
+from coterie.inference.canary import Probe
+from coterie.inference.deployment import Deployment, Weights
 from coterie.inference.local.engine import LocalEngine
-from coterie.lm.adapters import restore_adapter
+from coterie.inference.simulated import SimulatedEngine
+from coterie.lm.adapters import restore_adapter, save_adapter
 from coterie.lm.base import BaseModel, load_base
+from coterie.lm.forest import pack
 from coterie.loop import TaskQueue, TrainingLoop
 from coterie.models import LoRAModel
 from coterie.monitor.console import Observer
+from coterie.monitor.records import CallRecords
 from coterie.rollout.runner import Runner
 from coterie.rollout.table import TableServices, stable_seed
+from coterie.runs.directory import RunDirectory
 from coterie.runs.state import Parts
 from coterie.scenarios.base import HasScripts, Scenario
 from coterie.training.learner import Learner
-from coterie.types import TrainingTask
+from coterie.types import AdapterVersion, Observation, TrainingTask
+
+PROBE_TOKENS = 24
+"""Of the canary that tells whether a server applies an adapter as the learner does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +45,9 @@ class Assembled:
 
     base: BaseModel
     loop: TrainingLoop
+    deployment: Deployment
+    calls: CallRecords | None
+    """Of runs with servers."""
 
 
 def assemble(
@@ -40,6 +56,7 @@ def assemble(
     own_tasks: Iterable[TrainingTask],
     observer: Observer,
     start: int,
+    run: RunDirectory | None = None,
 ) -> Assembled:
     """Load the base and put the parts together.
 
@@ -47,8 +64,10 @@ def assemble(
         parts: they stay the caller's, and the loop changes them.
         own_tasks: the user's queue; empty: the scenario's tasks are trained on.
         start: updates that are done already.
+        run: where records of calls go, and adapters for servers to read; None: nowhere, and a temporary directory.
 
     Raises:
+        ConfigError: the settings of a server.
         BaseModelError: the base cannot be found or used.
         AdapterError: the saved adapter of a model that goes on does not fit it or the base.
     """
@@ -56,7 +75,26 @@ def assemble(
     base = load_base(config.base)
     for model in parts.models.values():
         add_adapter(base, model, config.seed)
-    engine = LocalEngine(base, cache_tokens=config.engine.cache_tokens, tokens_per_pass=config.engine.tokens_per_pass)
+    inference = config.inference
+    local = LocalEngine(
+        base,
+        cache_tokens=config.engine.cache_tokens,
+        tokens_per_pass=config.engine.tokens_per_pass,
+        kept_versions=inference.staleness,
+    )
+    simulated = SimulatedEngine(lambda text: tuple(base.chat.tokenizer.encode(text, add_special_tokens=False)))
+    calls = CallRecords(run, inference.metrics_port) if inference.servers else None
+    engine = Deployment(
+        inference,
+        inside=(local, simulated),
+        weights=Weights(save=partial(_save, base), probe=partial(_probe, base)),
+        calls=calls,
+        decode=base.chat.tokenizer.decode,
+        root=run.path / "published" if run is not None else None,
+        seed=config.seed,
+        base=config.base.model,
+        on_change=observer.note,
+    )
     services = TableServices(
         engine=engine,
         chat=base.chat,
@@ -84,8 +122,30 @@ def assemble(
         evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats),
         observer=observer,
         update=start,
+        concurrent=engine.remote,
+        calls=calls.metrics if calls is not None else None,
     )
-    return Assembled(base, loop)
+    return Assembled(base, loop, engine, calls)
+
+
+def _save(base: BaseModel, version: AdapterVersion, directory: Path) -> None:
+    save_adapter(base.bank.training(version.model_id), directory, base, version)
+
+
+def _probe(base: BaseModel, version: AdapterVersion) -> Probe:
+    """Some tokens, and the log-probability of each after the first under the adapter in training, temperature 1."""
+    tokens = base.chat.render(Observation(user="Say which of these is a colour: stone, blue, seven."))[:PROBE_TOKENS]
+    forest = pack([(0, tokens)])
+    with torch.no_grad():
+        hidden = base.hidden(
+            torch.from_numpy(forest.token_ids).to(base.device),
+            torch.from_numpy(forest.positions).to(base.device),
+            forest.plan(),
+            [(base.bank.training(version.model_id), 0, len(tokens))],
+        )
+        logprobs = base.logits(hidden[:-1]).log_softmax(-1)
+    after = torch.tensor(tokens[1:], device=logprobs.device)
+    return tokens, tuple(logprobs.gather(1, after[:, None])[:, 0].tolist())
 
 
 def add_adapter(base: BaseModel, model: LoRAModel, seed: int) -> None:

@@ -89,6 +89,9 @@ class LearnerConfig(Section):
     """With loss clipped: the ratio's lower bound is 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
     """With loss clipped: the ratio's upper bound is 1 + clip_high."""
+    ratio_cap: float = Field(default=2.0, ge=1)
+    """With loss policy_gradient: cap of the importance weight, which corrects for turns sampled by an older version or
+    by a server whose probabilities differ from the learner's."""
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Weight of the mean entropy of the sampling policy, in reward units per nat."""
     kl_coefficient: float = Field(default=0.0, ge=0)
@@ -158,8 +161,16 @@ class InferenceConfig(Section):
     canary_tolerance: float = Field(default=0.1, gt=0)
     """Largest mean absolute difference, in nats a token, between a server's log-probabilities and the learner's at
     which a new version counts as served right."""
-    ratio_cap: float = Field(default=2.0, ge=1)
-    """Of truncated importance sampling, which corrects for servers whose probabilities differ from the learner's."""
+    metrics_port: int | None = Field(default=None, ge=0, lt=65536)
+    """Port on this machine of a Prometheus endpoint with the figures of calls; 0: a free one; none: no endpoint."""
+
+    @model_validator(mode="after")
+    def _serves(self) -> InferenceConfig:
+        if not self.tiers or len(set(self.tiers)) < len(self.tiers):
+            raise ValueError("tiers must name at least one tier, each once")
+        if self.staleness and not self.servers:
+            raise ValueError("staleness needs servers: the engine inside the process cannot play while it learns")
+        return self
 
 
 class EvaluationConfig(Section):

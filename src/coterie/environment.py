@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from coterie.config import RunConfig, check_models, parse_config
+from coterie.config import RunConfig, ServerConfig, check_models, parse_config
 from coterie.credit.base import build_credit
 from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
+from coterie.inference.deployment import server_specs
 from coterie.models import LoRAModel, ModelConfig
 from coterie.modes.base import build_mode
 from coterie.monitor.console import Observer, Silent
@@ -35,6 +36,7 @@ from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario
 from coterie.types import Episode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
+    from coterie.assembly import Assembled
     from coterie.evaluation import Evaluation
     from coterie.lm.base import BaseModel
     from coterie.loop import TrainingLoop
@@ -67,7 +69,8 @@ class MultiModelEnvironment:
     ) -> None:
         """
         Args:
-            vllm_url: a vLLM server; reserved for the HTTP engine, which this version does not have.
+            vllm_url: a vLLM server that generates turns; more, and everything else about them, go into
+                config.inference. Without any the engine inside the process generates.
             training_mode: who hears whom and how rewards are divided.
             max_models: most models `add_model` accepts.
             config: everything else (scenario, base, rollout, learner, …); its mode and max_models are used
@@ -76,15 +79,19 @@ class MultiModelEnvironment:
             run_dir: where to keep the run; None: nothing is written.
 
         Raises:
-            ConfigError: an impossible setting, or a vllm_url.
+            ConfigError: an impossible setting, or servers in both vllm_url and config.
         """
-        if vllm_url is not None:
-            raise ConfigError(
-                f"vllm_url={vllm_url!r}: turns cannot come from a vLLM server in this version; leave vllm_url out, "
-                "and the engine inside the process generates them"
-            )
         if config is None:
-            config = parse_config({"mode": training_mode, "max_models": max_models}, source="arguments")
+            servers = [{"url": vllm_url}] if vllm_url is not None else []
+            config = parse_config(
+                {"mode": training_mode, "max_models": max_models, "inference": {"servers": servers}}, source="arguments"
+            )
+        elif vllm_url is not None:
+            if config.inference.servers:
+                raise ConfigError("servers are named in both vllm_url and config.inference.servers; use one of them")
+            inference = config.inference.model_copy(update={"servers": (ServerConfig(url=vllm_url),)})
+            config = config.model_copy(update={"inference": inference})
+        server_specs(config.inference.servers)  # a bad url or a missing key is said before anything long starts
         self.config = config
         self.observer: Observer = observer or Silent()
         self.run_dir = run_dir
@@ -98,6 +105,7 @@ class MultiModelEnvironment:
         self._own_tasks: list[TrainingTask] = []
         self._loop: TrainingLoop | None = None
         self._base: BaseModel | None = None
+        self._made: Assembled | None = None
         self._writer: RunWriter | None = None
         self._stopping = False
         self._seats_fit = False
@@ -230,7 +238,15 @@ class MultiModelEnvironment:
 
     def run_training_cycle(self, cycles: int = 1) -> list[UpdateRecord]:
         """Train for `cycles` updates and return their records. Inside a running event loop await `train_cycles`."""
-        return asyncio.run(self.train_cycles(cycles))
+
+        async def train() -> list[UpdateRecord]:
+            try:
+                return await self.train_cycles(cycles)
+            finally:
+                if self._made is not None:
+                    await self._made.deployment.rest()  # connections do not outlive their event loop
+
+        return asyncio.run(train())
 
     async def train_cycles(self, cycles: int = 1) -> list[UpdateRecord]:
         """Train for `cycles` updates and return their records."""
@@ -294,13 +310,20 @@ class MultiModelEnvironment:
             "total_models": len(self.models),
             "max_models": self.config.max_models,
             "queued_tasks": len(self._own_tasks),
+            "tiers": {
+                str(status.tier): "up" if status.up else f"down: {status.why}"
+                for status in (self._made.deployment.status() if self._made is not None else ())
+            },
+            "calls": self._made.calls.metrics() if self._made is not None and self._made.calls is not None else {},
             "models": {model_id: model.stats() for model_id, model in self.models.items()},
         }
 
     async def aclose(self) -> None:
         """Let go of engine and database. Training again builds nothing new, so this comes last."""
-        if self._loop is not None:
-            await self._loop.engine.close()
+        if self._made is not None:
+            await self._made.deployment.close()
+            if self._made.calls is not None:
+                self._made.calls.close()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -320,8 +343,8 @@ class MultiModelEnvironment:
 
         self.observer.stage(f"loading base {self.config.base.model}")
         parts = self._parts()
-        made = assemble(self.scenario, parts, self._own_tasks, self.observer, start)
-        self._base, self._loop = made.base, made.loop
+        made = assemble(self.scenario, parts, self._own_tasks, self.observer, start, self.run_dir)
+        self._base, self._loop, self._made = made.base, made.loop, made
         if self.run_dir is not None:
             from coterie.runs.writer import RunWriter
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 from coterie.config import RunConfig
@@ -22,6 +24,9 @@ from coterie.scenarios.base import Scenario
 from coterie.training.batch import build_batch
 from coterie.training.learner import Learner, LearnerStats
 from coterie.types import Episode, FailedEpisode, Split, TrainingTask
+
+Rollout = asyncio.Future[tuple[list[Episode], list[FailedEpisode]]]
+"""The episodes of one update, being played."""
 
 
 class TaskQueue:
@@ -76,10 +81,20 @@ class TrainingLoop:
     """Writes a checkpoint."""
     update: int = 0
     """Updates done."""
+    concurrent: bool = False
+    """Whether turns come from elsewhere, so that episodes are played while the learner works in a thread."""
+    calls: Callable[[], Mapping[str, float]] | None = None
+    """Figures of calls to servers."""
     stopping: bool = False
     records: list[UpdateRecord] = field(default_factory=list)
     _saved: int = field(init=False)
     """The update of the latest checkpoint, or the one the loop began with."""
+    _until: int = field(init=False, default=0)
+    """Updates that are wanted; no episode of a later one is begun."""
+    _ahead: dict[int, Rollout] = field(init=False, default_factory=dict)
+    """Episodes of later updates that are being played, by update; at most `inference.staleness` of them."""
+    _untrained: dict[int, list[TrainingTask]] = field(init=False, default_factory=dict)
+    """Tasks taken for updates whose episodes were given up."""
 
     def __post_init__(self) -> None:
         self._saved = self.update
@@ -89,6 +104,13 @@ class TrainingLoop:
 
         Raises what playing raises, after saving the updates done so far.
         """
+        self._until = until
+        try:
+            return await self._run(until)
+        finally:
+            await self._give_up()
+
+    async def _run(self, until: int) -> bool:
         if self.update and self._reached(await self._exact()):
             return True
         while self.update < until and not self.stopping:
@@ -103,37 +125,70 @@ class TrainingLoop:
 
     async def step(self) -> UpdateRecord:
         """One update of every policy."""
-        number, rollout = self.update + 1, self.config.rollout
+        number = self.update + 1
         started = time.perf_counter()
-        for model in self.models:
-            # whatever was measured or played since the last update stays in the engine's cache, and what is cached
-            # changes which tokens are computed together; a resumed run starts empty, so every update does
-            await self.engine.publish(model.adapter, None)
+        if not self._ahead:
+            for model in self.models:
+                # whatever was measured or played since the last update stays in the engine's cache, and what is cached
+                # changes which tokens are computed together; a resumed run starts empty, so every update does
+                await self.engine.publish(model.adapter, None)
         try:
-            episodes, failed = await self.runner.groups(
-                self.tasks.take(rollout.tasks_per_update),
-                self.models,
-                update=number,
-                group_size=rollout.group_size,
-                withhold=rollout.withhold,
-                rotate=rollout.rotate_seats,
-            )
+            playing = self._ahead.pop(number) if number in self._ahead else self._play(number)
+            episodes, failed = await playing
             self._check_failures(number, episodes, failed)
         except CoterieError:  # nothing of this update was learned yet
             self._save()
             raise
         played = time.perf_counter()
+        self._look_ahead(number)
 
         advantages = self.credit.advantages(episodes)
         policies = [model.model_id for model in self.models]
         batch = build_batch(policies, episodes, advantages, keep_zero=self.learner.keep_zero)
-        stats = self.learner.step(batch, number)
+        # servers are listened to while the learner works; inside the process there is nothing to wait for, and a
+        # thread would only cost
+        step = partial(self.learner.step, batch, number)
+        stats = await asyncio.to_thread(step) if self.concurrent else step()
         learned = time.perf_counter()
 
         self.mode.observe(episodes)
         await self._publish(stats)
         self.update = number
         return await self._record(number, episodes, failed, stats, (started, played, learned))
+
+    def _play(self, number: int) -> Rollout:
+        """Begin to play the episodes of update `number`, under the versions that are current now."""
+        rollout = self.config.rollout
+        tasks = self._untrained.pop(number, None) or self.tasks.take(rollout.tasks_per_update)
+        self._untrained[number] = tasks
+        return asyncio.ensure_future(
+            self.runner.groups(
+                tasks,
+                self.models,
+                update=number,
+                group_size=rollout.group_size,
+                withhold=rollout.withhold,
+                rotate=rollout.rotate_seats,
+            )
+        )
+
+    def _look_ahead(self, number: int) -> None:
+        """Begin the episodes of the updates after `number`, as far as their versions may lag behind the learner.
+
+        What is begun during update n is trained in update n + staleness at the latest, when the learner is staleness
+        versions further; which versions play which update depends on the numbers alone, not on the clock.
+        """
+        del self._untrained[number]
+        for later in range(number + 1, min(number + self.config.inference.staleness, self._until) + 1):
+            if later not in self._ahead and not self.stopping:
+                self._ahead[later] = self._play(later)
+
+    async def _give_up(self) -> None:
+        """Stop episodes nobody waits for any more; their tasks are kept for when the loop goes on."""
+        given_up, self._ahead = list(self._ahead.values()), {}
+        for playing in given_up:
+            playing.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
 
     async def _publish(self, stats: LearnerStats) -> None:
         for model in self.models:
@@ -156,6 +211,8 @@ class TrainingLoop:
         for model_id, s in stats.policies.items():
             for stat in ("loss", "entropy", "kl", "mismatch", "max_ratio", "grad_norm", "learning_rate", "tokens"):
                 metrics[f"learn/{model_id}/{stat}"] = float(getattr(s, stat))
+        if self.calls is not None:
+            metrics.update(self.calls())
         metrics["learn/packed_tokens"] = float(stats.packed_tokens)
         metrics["learn/naive_tokens"] = float(stats.naive_tokens)
         every = self.config.evaluation.every

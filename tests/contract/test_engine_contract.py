@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -30,8 +30,16 @@ from coterie.inference.publisher import Publisher
 from coterie.inference.remote import RemoteEngine
 from coterie.inference.simulated import SimulatedEngine
 from coterie.inference.tiers import TieredEngine
+from coterie.inference.wire import ServerSpec, server_spec
+from coterie.lm.adapters import save_adapter
 from coterie.lm.base import load_base
+from coterie.serve.app import build_app
+from coterie.serve.local import LocalTokenEngine
+from coterie.serve.run import listening
+from coterie.serve.settings import ServeSettings
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
+
+T = TypeVar("T")
 
 TRAINED, UNTRAINED = AdapterVersion("trained", 3), AdapterVersion("untrained", 0)
 """The versions a subject has published: one with weights that matter, and one that equals the base."""
@@ -47,32 +55,42 @@ class Subject:
     stop_ids: tuple[int, ...]
     publish_other: Callable[[AdapterVersion], Coroutine[Any, Any, None]]
     """Publish this version of model "trained", with other weights than before."""
+    vocabulary: int = VOCABULARY + 100
     model: bool = True
     """Whether a model answers, so that adapters, temperatures and biases change what it says."""
 
 
+class Weights:
+    """The tiny base with the adapters a subject publishes; `change` moves those of model "trained"."""
+
+    def __init__(self, tiny: Path) -> None:
+        self.base = load_base(BaseConfig(model=str(tiny), threads=1, dtype="float32"))
+        for version, rank in ((TRAINED, 4), (UNTRAINED, 7)):
+            self.base.bank.add(version.model_id, rank, 2.0 * rank, seed=rank)
+            self.base.bank.publish(version)
+        flat = self.base.bank.training(TRAINED.model_id).flat
+        self._flat, self._noise = flat, 0.15 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+        self.change(1.0)
+
+    def change(self, factor: float) -> None:
+        with torch.no_grad():
+            self._flat.add_(factor * self._noise)
+
+    def write(self, version: AdapterVersion, directory: Path) -> Path:
+        save_adapter(self.base.bank.training(version.model_id), directory, self.base, version)
+        return directory
+
+
 @contextmanager
 def local(tiny: Path, aside: Path) -> Iterator[Subject]:
-    base = load_base(BaseConfig(model=str(tiny), threads=1, dtype="float32"))
-    bank = base.bank
-    for version, rank in ((TRAINED, 4), (UNTRAINED, 7)):
-        bank.add(version.model_id, rank, 2.0 * rank, seed=rank)
-        bank.publish(version)
-    flat = bank.training(TRAINED.model_id).flat
-    noise = 0.15 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
-
-    def change(factor: float) -> None:
-        with torch.no_grad():
-            flat.add_(factor * noise)
-
-    change(1.0)
-    engine = LocalEngine(base, cache_tokens=1024, tokens_per_pass=128)
+    weights = Weights(tiny)
+    engine = LocalEngine(weights.base, cache_tokens=1024, tokens_per_pass=128)
 
     async def publish_other(version: AdapterVersion) -> None:
-        change(0.7)
+        weights.change(0.7)
         await engine.publish(version, None)
 
-    yield Subject(engine, base.chat.stop_ids, publish_other)
+    yield Subject(engine, weights.base.chat.stop_ids, publish_other, weights.base.vocabulary)
 
 
 class WideTokenizer(ByteTokenizer):
@@ -85,26 +103,24 @@ class WideTokenizer(ByteTokenizer):
 
 
 @contextmanager
-def remote(tiny: Path, aside: Path, servers: int = 1, share: bool = True, tiers: bool = False) -> Iterator[Subject]:
-    """Servers in a loop of their own, as processes would be: the engine's loop changes from test line to test line."""
-    thread = LoopThread("servers")
-    fakes = [FakeServer(seed=3, tokenizer=WideTokenizer()) for _ in range(servers)]
-    for fake in fakes:
-        thread.run(fake.__aenter__())
+def over(
+    specs: Sequence[ServerSpec], stop_ids: tuple[int, ...], write: Callable[[AdapterVersion, bool], Path], **fields: Any
+) -> Iterator[Subject]:
+    """An engine over servers that run elsewhere. `write` writes a version's adapter, the second time another one."""
+    tiers = fields.pop("tiers", False)
     control, transport = HttpControl(), HttpTransport()
-    pool = ServerPool([fake.spec for fake in fakes], control, policy="round_robin")
+    pool = ServerPool(specs, control, policy="round_robin")
     publisher = Publisher(pool, control, transport, quorum=1.0, canary_tolerance=0.01)
-    fleet = Fleet(pool, control, publisher, closing=(control.close,))
-    bare = RemoteEngine(transport, fleet, **({} if share else {"max_top": 2, "remembered": 0}))
+    bare = RemoteEngine(transport, Fleet(pool, control, publisher, closing=(control.close,)), **fields)
     ladder = TieredEngine([bare, SimulatedEngine()])
     engine: Engine = ladder if tiers else bare
 
     async def publish_other(version: AdapterVersion) -> None:
-        await engine.publish(version, write_adapter(aside / version.name, seed=version.version))
+        await engine.publish(version, write(version, True))
 
     async def prepare() -> None:
-        await engine.publish(UNTRAINED, write_adapter(aside / UNTRAINED.name, seed=99, zero=True))
-        await publish_other(TRAINED)
+        for version in (UNTRAINED, TRAINED):
+            await engine.publish(version, write(version, False))
 
     async def finish() -> None:
         await engine.close()
@@ -112,13 +128,57 @@ def remote(tiny: Path, aside: Path, servers: int = 1, share: bool = True, tiers:
     RESTING.append(ladder.rest)
     try:
         run(prepare())
-        yield Subject(engine, WideTokenizer.stop_ids, publish_other)
+        yield Subject(engine, stop_ids, publish_other)
         run(finish())
-        for fake in fakes:
-            thread.run(fake.close())
     finally:
         RESTING.clear()
+
+
+@contextmanager
+def elsewhere(*servers: AbstractAsyncContextManager[T]) -> Iterator[list[T]]:
+    """Servers in an event loop of their own, as in a process: that of the engine ends and begins anew."""
+    thread = LoopThread("servers")
+    try:
+        yield [thread.run(server.__aenter__()) for server in servers]
+        for server in servers:
+            thread.run(server.__aexit__(None, None, None))
+    finally:
         thread.close()
+
+
+@contextmanager
+def remote(tiny: Path, aside: Path, servers: int = 1, **fields: Any) -> Iterator[Subject]:
+    """Fake servers."""
+
+    def write(version: AdapterVersion, other: bool) -> Path:
+        seed = 10 * version.version + other
+        return write_adapter(aside / version.name, seed=seed, zero=version == UNTRAINED)
+
+    with elsewhere(*(FakeServer(seed=3, tokenizer=WideTokenizer()) for _ in range(servers))) as fakes:
+        specs = [fake.spec for fake in fakes]
+        with over(specs, WideTokenizer.stop_ids, write, **fields) as subject:
+            yield subject
+
+
+@contextmanager
+def served(tiny: Path, aside: Path) -> Iterator[Subject]:
+    """`coterie serve`: the engine inside another process, with the weights of `local`."""
+    weights = Weights(tiny)
+    engine = LocalEngine(Weights(tiny).base, cache_tokens=1024, tokens_per_pass=128)
+
+    def write(version: AdapterVersion, other: bool) -> Path:
+        if other:
+            weights.change(0.7)
+        return weights.write(version, aside / version.name)
+
+    @asynccontextmanager
+    async def server() -> AsyncIterator[ServerSpec]:
+        app = build_app(LocalTokenEngine(engine), ServeSettings(model="tiny", adapter_dirs=(aside,)))
+        async with listening(app, "127.0.0.1", 0) as (_, port):
+            yield server_spec(f"http://127.0.0.1:{port}")
+
+    with elsewhere(server()) as specs, over(specs, weights.base.chat.stop_ids, write) as subject:
+        yield replace(subject, vocabulary=weights.base.vocabulary)
 
 
 @contextmanager
@@ -130,7 +190,7 @@ def two_servers(tiny: Path, aside: Path) -> Iterator[Subject]:
 @contextmanager
 def drawn_by_servers(tiny: Path, aside: Path) -> Iterator[Subject]:
     """Servers that tell two log-probabilities at a step: larger sets are drawn there and measured in parts."""
-    with remote(tiny, aside, share=False) as subject:
+    with remote(tiny, aside, max_top=2, remembered=0) as subject:
         yield subject
 
 
@@ -156,6 +216,7 @@ ENGINES = [
     pytest.param(two_servers, id="two-servers"),
     pytest.param(drawn_by_servers, id="drawn-by-servers"),
     pytest.param(tiered, id="tiered"),
+    pytest.param(served, id="served"),
 ]
 
 
@@ -235,7 +296,7 @@ def test_free_text_stops_at_a_stop_token_or_at_its_limit(subject: Subject) -> No
         assert made.finish_reason == ("stop" if ended else "length")
         assert ended or len(made.token_ids) == 6
         assert not set(made.token_ids[:-1]) & set(subject.stop_ids)
-    anything = tuple(range(VOCABULARY + 100))
+    anything = tuple(range(subject.vocabulary))
     (made,) = ask(subject, request_(max_tokens=6, stop_ids=anything))
     assert (len(made.token_ids), made.finish_reason) == (1, "stop")
 
@@ -380,3 +441,19 @@ def test_it_serves_again_after_its_callers_were_cancelled(subject: Subject) -> N
 def test_closing_twice_is_fine(subject: Subject) -> None:
     run(subject.engine.close())
     run(subject.engine.close())
+
+
+def test_the_same_weights_mean_the_same_turn_in_the_process_and_served(tiny_path: Path, tmp_path: Path) -> None:
+    requests = [request_(n, (TRAINED, None, UNTRAINED)[n % 3], choices=CHOICES, temperature=1.3) for n in range(12)]
+    requests += [replace(request, bias={10: 1.0, 13: -0.5}) for request in requests]
+    with local(tiny_path, tmp_path) as here, served(tiny_path, tmp_path) as there:
+        ours, theirs = ask(here, *requests), ask(there, *requests)
+        texts = [request_(n, TRAINED, max_tokens=3, temperature=0.0) for n in range(4)]
+        said, also_said = ask(here, *texts), ask(there, *texts)
+    for one, other in zip(ours + said, theirs + also_said, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.allowed == other.allowed
+        assert one.choice == other.choice
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.entropy == pytest.approx(other.entropy, abs=1e-4)

@@ -60,16 +60,16 @@ def status(code: int, **fields: Any) -> Callable[[FakeServer], object]:
 FAULTS = [
     Fault("refused-connection", lambda s: s.kill(), ("connection",)),
     Fault("reset-midway", lambda s: s.drop(None), ("connection",), midway=True),
-    Fault("time-out", lambda s: s.hang(), ("timeout", "connection"), last_s=1.0),
-    Fault("asleep", lambda s: s.sleep(), ("timeout", "connection"), last_s=1.0),
-    Fault("503", status(503), ("overloaded",), last_s=1.0),
-    Fault("503-retry-after", status(503, retry_after=2), ("overloaded",), last_s=1.0),
-    Fault("429", status(429, retry_after=2), ("overloaded",), last_s=1.0),
-    Fault("500", status(500), ("server",), last_s=1.0),
-    Fault("500-and-ill", lambda s: (status(500)(s), s.fail(503, None, where="health")), ("server",), last_s=1.0),
-    Fault("500-midway", status(500, midway=True), ("server",), midway=True, last_s=1.0),
-    Fault("502", status(502), ("server",), last_s=1.0),
-    Fault("unreadable", lambda s: s.garble(None), ("server", "connection"), last_s=1.0),
+    Fault("time-out", lambda s: s.hang(), ("timeout", "connection"), last_s=0.6),
+    Fault("asleep", lambda s: s.sleep(), ("timeout", "connection"), last_s=0.6),
+    Fault("503", status(503), ("overloaded",), last_s=0.6),
+    Fault("503-retry-after", status(503, retry_after=2), ("overloaded",), last_s=0.6),
+    Fault("429", status(429, retry_after=2), ("overloaded",), last_s=0.6),
+    Fault("500", status(500), ("server",), last_s=0.6),
+    Fault("500-and-ill", lambda s: (status(500)(s), s.fail(503, None, where="health")), ("server",), last_s=0.6),
+    Fault("500-midway", status(500, midway=True), ("server",), midway=True, last_s=0.6),
+    Fault("502", status(502), ("server",), last_s=0.6),
+    Fault("unreadable", lambda s: s.garble(None), ("server", "connection"), last_s=0.6),
     Fault("404", status(404, message="The model `fake-model` does not exist."), ("missing",)),
     Fault("401", status(401), ("unauthorized",)),
     Fault("403", status(403), ("unauthorized",)),
@@ -216,7 +216,7 @@ def test_a_mended_server_is_used_again(tier: str, fault: Fault, streaming: bool)
     async def scene() -> None:
         async with (
             FakeServer() as server,
-            VLLMClient(server.url, tiers=(tier, "simulated"), timeout_s=min(fault.last_s, 1.0)) as client,
+            VLLMClient(server.url, tiers=(tier, "simulated"), timeout_s=min(fault.last_s, 0.8)) as client,
         ):
             fault.begin(server)
             try:

@@ -272,6 +272,7 @@ def test_the_prompts_log_probabilities_are_the_models_own(chat: bool, extra: Map
             b"{\"error\": {\"message\": \"1 validation error:\\n  {'msg': 'm', 'input': 'SECRET'}\"}}",
             "1 validation error",
         ),
+        (b"1 error: 0.Text [type=dict_type, input_value={'a': 'SECRET'}, input_type=dict] at", "input_type=dict"),
         (b"<html><body>nginx SECRET</body></html>", "no message"),
         (b"", "no message"),
         (b"[1]", "no message"),
@@ -301,6 +302,15 @@ def test_a_missing_model_is_told_from_a_missing_address(body: bytes, kind: Fault
     fault = fault_of(SPEC, 404, {}, body)
     assert fault.kind is kind
     assert ("url" in str(fault)) == (kind is FaultKind.REJECTED)
+
+
+def test_no_part_of_a_message_is_repeated() -> None:
+    parts = [{"type": "text", "text": "SECRET ONE"}, {"type": "image_url", "image_url": {}}]
+    asked = request(
+        prompt_ids=(), messages=({"role": "user", "content": parts}, {"role": "user", "content": "A 'B' C"})
+    )
+    said = str(fault_of(SPEC, 400, {}, b"cannot read SECRET ONE nor A 'B' C", asked))
+    assert said.endswith("cannot read [prompt] nor [prompt]")
 
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)

@@ -82,6 +82,7 @@ def test_refusals_have_vllms_words_and_codes(engine: MemoryTokenEngine, settings
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     damaged = write_adapter(allowed / "damaged", "x")
     (damaged / "adapter_config.json").write_text("{")
+    none = write_adapter(allowed / "none", "x", rank=0)
     (allowed / "empty").mkdir()
 
     async def ask(client: Client) -> None:
@@ -103,6 +104,7 @@ def test_refusals_have_vllms_words_and_codes(engine: MemoryTokenEngine, settings
         assert error(await load(client, "b", large), 500, "InternalServerError") == (
             "LoRA rank 17 is greater than max_lora_rank 16."
         )
+        assert "at least 1" in error(await load(client, "b", none), 500, "InternalServerError")
         assert "only plain LoRA" in error(await load(client, "b", odd), 500, "InternalServerError")
         assert "cannot be read" in error(await load(client, "b", damaged), 500, "InternalServerError")
         assert "safetensors" in error(await load(client, "b", pickled), 400, invalid)

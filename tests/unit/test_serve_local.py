@@ -277,9 +277,14 @@ def test_adapters_are_read_from_peft_directories(engine: LocalTokenEngine, base:
     assert found[0].ids == found[1].ids
     assert [t.logprob for t in found[0].tokens] == pytest.approx([t.logprob for t in found[1].tokens], abs=1e-5)
     assert [t.logprob for t in found[0].tokens] != pytest.approx([t.logprob for t in found[2].tokens], abs=1e-3)
-    held = base.bank.get(SERVED).flat.numel()
+    row = base.bank.get(SERVED).row
     asyncio.run(engine.unload(SERVED))
-    assert base.bank.get(SERVED).flat.numel() < held
+    assert not base.bank.holds(SERVED)
+    # what it held is free for the next, and nothing of it shines through
+    again = AdapterVersion("served", 2)
+    asyncio.run(engine.load(again, tmp_path / "a"))
+    assert base.bank.get(again).row == row
+    assert ask(engine, [request(1, adapter=again)])[0].ids == found[0].ids
     (tmp_path / "b").mkdir()
     with pytest.raises(AdapterError, match="not a PEFT LoRA adapter"):
-        asyncio.run(engine.load(AdapterVersion("served", 2), tmp_path / "b"))
+        asyncio.run(engine.load(AdapterVersion("served", 3), tmp_path / "b"))

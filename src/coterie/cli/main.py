@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from coterie.cli.bench import bench
 from coterie.cli.common import say, say_error
+from coterie.cli.doctor import doctor
 from coterie.cli.eval import evaluate
 from coterie.cli.models import app as models
 from coterie.cli.play import play
@@ -48,6 +49,7 @@ app.command("eval")(evaluate)
 app.command("play")(play)
 app.command("serve")(serve)
 app.command("bench")(bench)
+app.command("doctor")(doctor)
 app.add_typer(models, name="models")
 
 

@@ -325,10 +325,20 @@ def _clean(said: str, server: ServerSpec, request: WireRequest | None) -> str:
     if request is not None:
         if request.prompt_ids:
             said = said.replace(str(list(request.prompt_ids)), "[prompt]")
-        for message in request.messages:
-            content = message.get("content")
-            if isinstance(content, str) and len(content) > 2:
-                said = said.replace(content, "[prompt]").replace(repr(content)[1:-1], "[prompt]")
-    said = re.sub(r"'input': [^\n]*", "'input': …", said)  # pydantic repeats what was sent
+        for text in _texts(request):
+            said = said.replace(text, "[prompt]").replace(repr(text)[1:-1], "[prompt]")
+    # pydantic repeats what was sent, in one of two ways
+    said = re.sub(r"'input': [^\n]*", "'input': …", said)
+    said = re.sub(r"input_value=.*?, input_type", "input_value=…, input_type", said, flags=re.DOTALL)
     said = " ".join(said.split())
     return said if len(said) <= MESSAGE_CHARS else said[:MESSAGE_CHARS] + "…"
+
+
+def _texts(request: WireRequest) -> list[str]:
+    """The texts of a request's messages, long ones first; a word or two says nothing."""
+    found = []
+    for message in request.messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list | tuple) else [{"text": content}]
+        found += [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return sorted((text for text in found if isinstance(text, str) and len(text) > 2), key=len, reverse=True)

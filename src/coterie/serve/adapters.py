@@ -183,6 +183,8 @@ class AdapterRegistry:
             rank = int(json.loads(config.read_text(encoding="utf-8"))["r"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise failed(f"{_CONFIG} of this adapter cannot be read: {error}") from error
+        if rank < 1:
+            raise failed(f"{_CONFIG} of this adapter has rank {rank}; it must be at least 1.")
         if rank > self._settings.max_lora_rank:
             raise failed(f"LoRA rank {rank} is greater than max_lora_rank {self._settings.max_lora_rank}.")
 

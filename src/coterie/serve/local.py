@@ -49,7 +49,6 @@ class LocalTokenEngine:
         self._freed = asyncio.Event()
         self._rows: list[Row] = []
         self._queries = self._hits = 0
-        self._nothing = engine.base.bank.empty(1, 1.0)
 
     # -- facts --------------------------------------------------------------------------------------------------
 
@@ -199,9 +198,8 @@ class LocalTokenEngine:
         base.bank.freeze(version, adapter)
 
     async def unload(self, version: AdapterVersion) -> None:
-        """See `TokenEngine.unload`. The bank has no way to forget a version: all that is left of it are zeros shared
-        by every version that went."""
-        self.engine.base.bank.freeze(version, self._nothing)
+        """See `TokenEngine.unload`."""
+        self.engine.base.bank.drop(version)
 
     async def close(self) -> None:
         await self.engine.close()

@@ -8,11 +8,11 @@ Dividing by the number of turns, not by their length, leaves no length bias (Dr.
 entropy of the sampling policy at t, KL the exact divergence from it to the base's under the same mask, bias and
 temperature. The surrogate is
 
-    policy_gradient   A_t * exp(logp - stop_gradient(logp)) * min(2, w_t)         Williams 1992
+    policy_gradient   A_t * exp(logp - stop_gradient(logp)) * min(ratio_cap, w_t)         Williams 1992
     clipped           min(r A_t, clip(r, 1 - clip_low, 1 + clip_high) A_t)        Schulman et al. 2017
 
-with r = exp(logp - old_logp), and w_t = stop_gradient(r) the truncated importance weight of data that an older
-version or another engine sampled; on in-process data of the current version it is 1.
+with r = exp(logp - old_logp), and w_t = stop_gradient(r) the truncated importance weight (Ionides 2008) of data that an
+older version or another engine sampled; on in-process data of the current version it is 1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ import torch
 from torch import Tensor
 
 from coterie.config import LearnerConfig
-
-TRUNCATION = 2.0
-"""Cap of the importance weight (truncated importance sampling, Ionides 2008)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ def surrogate(logprob: Tensor, terms: TermTensors, config: LearnerConfig) -> Ten
     """The surrogate of each term, summed over its occurrences: (terms,)."""
     log_ratio = logprob - terms.old_logprob
     if config.loss == "policy_gradient":
-        weight = log_ratio.detach().exp().clamp(max=TRUNCATION)
+        weight = log_ratio.detach().exp().clamp(max=config.ratio_cap)
         return (terms.gain + terms.loss) * weight * (logprob - logprob.detach()).exp()
     ratio = log_ratio.exp()
     high = ratio.clamp(max=1 + config.clip_high)

@@ -62,11 +62,16 @@ class LocalEngine:
 
     tier = Tier.LOCAL
 
-    def __init__(self, base: BaseModel, *, cache_tokens: int = 16384, tokens_per_pass: int = 1024) -> None:
-        """`cache_tokens`: slots of key/value cache. `tokens_per_pass`: new tokens of one forward pass."""
+    def __init__(
+        self, base: BaseModel, *, cache_tokens: int = 16384, tokens_per_pass: int = 1024, kept_versions: int = 0
+    ) -> None:
+        """`cache_tokens`: slots of key/value cache. `tokens_per_pass`: new tokens of one forward pass.
+        `kept_versions`: published versions behind the current one that can still be asked for; with any, the current
+        one is a copy too, so that turns may be generated while the learner changes the weights."""
         self.base = base
         self.cache = PrefixCache(base.layers, base.kv_heads, base.head_dim, cache_tokens, base.dtype, base.device)
         self.tokens_per_pass = tokens_per_pass
+        self._kept_versions = kept_versions
         self.tokens_computed = 0
         """Tokens that went through the model since the engine was made."""
         self.requests_served = 0
@@ -87,7 +92,14 @@ class LocalEngine:
         """Move the model's current adapter to `version`. Cached keys of older versions are forgotten."""
         if adapter_dir is not None:
             raise EngineError("the in-process engine shares the learner's weights; publish with adapter_dir=None")
-        self.base.bank.publish(version)
+        bank = self.base.bank
+        bank.publish(version)
+        if self._kept_versions:
+            kept = bank.kept(version.model_id)
+            if version not in kept:
+                bank.keep(version)
+                for old in kept[: max(0, len(kept) - self._kept_versions)]:
+                    bank.drop(old)
         self.cache.clear()
         for run in self._runs:  # what was computed for those on their way is gone with the rest
             run.node = self.cache.node(run.request.adapter, (*run.request.prompt_ids, *run.tokens))
