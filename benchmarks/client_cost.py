@@ -127,11 +127,11 @@ async def measure(
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {(c.name, n): [] for c in clients for n in concurrencies}
     rng = random.Random(0)
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(FakeProcess())
+        server = await stack.enter_async_context(FakeProcess(keep_alive_s=3600))  # all wait for their turn
         runners = [await stack.enter_async_context(runner(c, pythons[c.name], server.url)) for c in clients]
-        for one in runners:  # connections, caches, imports at first use
-            for concurrency in concurrencies:
-                await one.tell({"calls": max(calls // 4, concurrency), "concurrency": concurrency})
+        # connections, imports at first use; and the server remembers its answers, so that it is quick afterwards
+        for one in runners:
+            await one.tell({"calls": calls, "concurrency": max(concurrencies)})
         for number in range(rounds):
             turns = [(one, n) for one in runners for n in concurrencies]
             rng.shuffle(turns)

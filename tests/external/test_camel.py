@@ -30,13 +30,21 @@ from coterie.inference.pool import ServerPool
 from coterie.inference.trust import UnfitServerError
 from coterie.inference.wire import ServerFault, WireRequest
 from coterie.lm.base import BaseModel
+from coterie.lm.embedded import resolve_base
 from coterie.types import AdapterVersion, Tier
-from tests.external.conftest import SERVED
+from tests.external.conftest import BASE, SERVED
 from tests.external.processes import ServerProcess
 from tests.external.test_camel_contract import user_model
 from tests.external.test_vllm_generation import CLOSE, COLOURS, engine_on, question
 
 pytestmark = pytest.mark.camel
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CAMEL writes logs and summaries of long conversations into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
 
 MESSAGES = ({"role": "system", "content": "You are brief."}, {"role": "user", "content": "Which colour is the sky?"})
 
@@ -406,6 +414,17 @@ def test_an_agent_on_a_real_server_is_captured_and_its_tools_are_called(vllm: Se
         await asyncio.to_thread(backend.close)
 
     run(play())
+
+
+def test_the_demo_lets_agents_talk_and_shows_what_was_captured(coterie_fake: str, tmp_path: Path) -> None:
+    from tests.e2e.test_demo_camel import demo, rows
+
+    done = demo(tmp_path, "--url", coterie_fake, "--tokenizer", resolve_base(BASE))
+    assert done.returncode == 0, done.stderr
+    agents, client = done.stdout.split("3. CAMEL's own models")
+    assert all(cells[:2] == ["camel", "agent"] and cells[-2] == "6" for cells in rows(agents).values())
+    assert "in use: camel" in client
+    assert all(cells[0] == "camel" for cells in rows(client).values())
 
 
 def _question() -> Any:

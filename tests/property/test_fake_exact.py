@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.inference.fake import ByteTokenizer, FakePolicy
-from coterie.inference.fake.generation import generate, read_settings
+from coterie.inference.fake.generation import generate
+from coterie.inference.fake.requests import read_settings
 
 TOKENS = ByteTokenizer()
 _ids = st.integers(0, TOKENS.vocabulary - 1)
@@ -33,8 +34,8 @@ def test_every_log_probability_is_that_of_the_softmax_sampled_from(
 ) -> None:
     policy = FakePolicy(seed, TOKENS.vocabulary, weights)
     asked = read_settings(body, False, TOKENS, 100, random.Random(0), 20)
-    made = generate(policy, prompt, asked, body["seed"], TOKENS, "processed_logprobs")
-    assert made == generate(policy, prompt, asked, body["seed"], TOKENS, "processed_logprobs")
+    made = generate(policy, tuple(prompt), asked, body["seed"], TOKENS, "processed_logprobs")
+    assert made == generate.__wrapped__(policy, tuple(prompt), asked, body["seed"], TOKENS, "processed_logprobs")
     assert 1 <= len(made.token_ids) <= body["max_tokens"]
     context = list(prompt)
     for token, logprob, top in zip(made.token_ids, made.logprobs, made.tops, strict=True):
@@ -63,7 +64,7 @@ def test_every_log_probability_is_that_of_the_softmax_sampled_from(
 def test_generation_ends_with_the_first_stop_token_and_keeps_it(prompt: list[int], seed: int) -> None:
     body = {"max_tokens": 30, "allowed_token_ids": [TOKENS.END, 50, 51, 52], "stop_token_ids": [52]}
     asked = read_settings(body, False, TOKENS, 100, random.Random(0), 20)
-    made = generate(FakePolicy(1, TOKENS.vocabulary), prompt, asked, seed, TOKENS, "processed_logprobs")
+    made = generate(FakePolicy(1, TOKENS.vocabulary), tuple(prompt), asked, seed, TOKENS, "processed_logprobs")
     *before, last = made.token_ids
     assert not {TOKENS.END, 52} & set(before)
     assert (made.finish_reason == "stop") == (last in (TOKENS.END, 52))

@@ -77,7 +77,8 @@ class SimServer:
         self.load_s = 0.0
         self.answered: list[str] = []
         """Ids of the calls answered, in order."""
-        self.started = 0
+        self.asked: list[str] = []
+        """Ids of the calls that reached it, in order."""
         self.loads = 0
         self.peak = 0
         """Most calls here at once."""
@@ -95,6 +96,7 @@ class SimServer:
     async def serve(self, call_id: str, seconds: float, adapter: str | None = None) -> str:
         """One call; returns `call_id`."""
         self._check()
+        self.asked.append(call_id)
         if self.faults:
             raise self.faults.popleft()
         if adapter is not None and adapter not in self.adapters:
@@ -113,6 +115,11 @@ class SimServer:
                 self._start()
         self.answered.append(call_id)
         return call_id
+
+    def metrics(self) -> dict[str, float]:
+        """Its queue, under vLLM's names."""
+        running = len(self._running)
+        return {"vllm:num_requests_running": running, "vllm:num_requests_waiting": self._present - running}
 
     def kill(self) -> None:
         """Every call under way is cut off; later ones are refused. Adapters are forgotten."""
@@ -136,7 +143,6 @@ class SimServer:
             place, seconds = self._queue.popleft()
             if place.done():
                 continue
-            self.started += 1
             self._running.add(place)
             asyncio.get_running_loop().call_later(seconds * self.slow, self._finish, place)
 
@@ -188,5 +194,4 @@ class SimFleet:
         self._reach(server, "health")
 
     async def metrics(self, server: ServerSpec) -> Mapping[str, float]:
-        self._reach(server, "metrics")
-        return self.gauges.get(server.name, {})
+        return self.gauges.get(server.name) or self._reach(server, "metrics").metrics()

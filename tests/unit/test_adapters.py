@@ -116,3 +116,13 @@ def test_missing_and_damaged_files_are_refused(make_base: MakeBase, tmp_path: Pa
 def test_a_target_that_is_no_layer_is_named(make_base: MakeBase) -> None:
     with pytest.raises(AdapterError, match=r"'w_proj' names no linear layer.*q_proj"):
         make_base(lora_targets=("q_proj", "w_proj"))
+
+
+def test_a_directory_that_cannot_be_read_leaves_no_trace_in_the_bank(tiny_base: BaseModel, tmp_path: Path) -> None:
+    tiny_base.bank.add("a", 4, 8.0, 0)
+    save_adapter(tiny_base.bank.training("a"), tmp_path / "a", tiny_base, AdapterVersion("a", 1))
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"nothing")
+    for _ in range(40):  # more than a pool has rows
+        with pytest.raises(AdapterError, match="cannot read"):
+            load_adapter(tmp_path / "a", tiny_base)
+    assert tiny_base.bank.empty(4, 8.0).pool is tiny_base.bank.training("a").pool

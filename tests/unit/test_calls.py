@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from coterie.config import RunConfig
 from coterie.errors import ConfigError, RunFolderError
 from coterie.inference.calls import CallLines, CallRecord, EachOf, log_line, one_line
 from coterie.inference.ladder import TierStatus
 from coterie.monitor.calls import CALL_METRICS, CallLog, CallStatistics, read_calls
 from coterie.monitor.prometheus import PrometheusEndpoint
+from coterie.runs.directory import RunDirectory
 from coterie.types import AdapterVersion, Tier
 
 
@@ -213,3 +215,14 @@ def test_prometheus_reads_the_same_calls() -> None:
     again = PrometheusEndpoint()  # a registry of its own: two endpoints in one process do not clash
     again.call(replace(record(), completion_tokens=1))
     assert json.dumps(again.url) == '""'
+
+
+def test_a_run_keeps_its_calls_and_a_run_in_which_nothing_happened_takes_them_back(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", RunConfig())
+    log = CallLog(run.calls_path, max_bytes=10, buffered=1)
+    for _ in range(3):
+        log.call(record())
+    log.close()
+    assert [entry["server"] for entry in read_calls(run.calls_path)] == ["h:1", "h:1"]
+    run.discard_unused()
+    assert list(run.path.glob("calls*")) == []

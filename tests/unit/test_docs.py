@@ -107,7 +107,8 @@ def test_example_rows_and_config_make_a_run(page: Path, tmp_path: Path) -> None:
     (rows,) = examples(page, "json")
     for line in rows.splitlines():
         Row.model_validate(json.loads(line))
-    (config,) = examples(page, "toml")
+    config, servers = examples(page, "toml")
+    parse_config(tomllib.loads(servers))
     data = tomllib.loads(config)
     parsed = parse_config(data)
     assert parsed.scenario.id == "jsonl"
@@ -130,7 +131,7 @@ def test_commands_and_options_exist(page: Path) -> None:
 
     text = page.read_text(encoding="utf-8")
     used = set(re.findall(r"^coterie (\w+)(.*?)(?:#.*)?$", text, re.MULTILINE))
-    assert {verb for verb, _ in used} == {"train", "eval", "play", "models"}
+    assert {verb for verb, _ in used} == {"train", "eval", "play", "models", "serve", "bench", "doctor"}
     for verb, arguments in used:
         shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[\w-]+", arguments):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from coterie.cli.main import app
 from coterie.config import parse_config
-from coterie.doctor import machine, packages
+from coterie.doctor import machine, packages, servers
 from coterie.doctor.findings import Finding, Level, as_json, as_lines, worst
 from coterie.doctor.machine import Machine, check_base, check_disk, check_machine, read_machine
 from coterie.doctor.packages import check_packages, check_shadows, check_torch_build, torch_cuda, unmet
@@ -330,6 +330,25 @@ def test_a_key_over_plain_http_to_another_machine_is_told() -> None:
     found = asyncio.run(check_servers([server_spec("http://192.0.2.1:9", "key")], timeout_s=0.2))
     assert named(found, "key").level is Level.WARNING
     assert named(found, "health").level is Level.PROBLEM
+
+
+def test_the_traps_of_vllms_cpu_build_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = 'vllm:cache_config_info{block_size="128",kv_cache_memory_bytes="2147483648",num_gpu_blocks="1456"} 1.0\n'
+    page += 'vllm:lora_requests_info{max_lora="4",running_lora_adapters="",waiting_lora_adapters=""} 1.7e9\n'
+    real = servers._Look._get
+
+    async def get(look: Any, path: str) -> str:
+        return page if path == "/metrics" else await real(look, path)
+
+    monkeypatch.setattr(servers._Look, "_get", get)
+    found = ask(FakeServer(seed=1), adapters=6)
+    assert "--no-enable-chunked-prefill" in named(found, "cpu_build").mend
+    assert named(found, "block_size").facts["block_size"] == 128
+    assert named(found, "adapters").level is Level.WARNING
+    assert "--max-loras 6" in named(found, "adapters").mend
+    assert named(ask(FakeServer(seed=1), adapters=4), "adapters").facts["max_loras"] == 4
+    page = page.replace("2147483648", "None")
+    assert "cpu_build" not in {f.check for f in ask(FakeServer(seed=1))}
 
 
 def test_several_servers_are_told_in_order() -> None:

@@ -438,6 +438,7 @@ def test_streamed_tool_calls() -> None:
         ({"allowed_token_ids": []}, "400 allowed_token_ids is not None and empty!"),
         ({"allowed_token_ids": [999]}, "400 allowed_token_ids contains out-of-vocab"),
         ({"allowed_token_ids": "3"}, "400 1 validation error"),
+        ({"stop": [3]}, "400 1 validation error"),
         ({"stop_token_ids": [-1]}, "400 stop_token_ids contains out-of-vocab"),
         ({"logit_bias": {"999": 1}}, "400 token_id(s) [999] in logit_bias"),
         ({"logit_bias": {"a": 1}}, "400 1 validation error"),

@@ -63,7 +63,7 @@ def test_first_come_first_served() -> None:
         fleet = fleet_of("a", slots=3)
         pool = pool_of(fleet, max_in_flight=3)
         await asyncio.gather(*(pool.run(calling(fleet, str(i))) for i in range(20)))
-        assert fleet.servers["a:80"].answered == [str(i) for i in range(20)]
+        assert fleet.servers["a:80"].asked == [str(i) for i in range(20)]
 
     run(main())
 

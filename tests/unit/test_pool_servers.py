@@ -59,6 +59,19 @@ def test_a_server_that_is_back_gets_one_call_as_a_trial() -> None:
     run(main())
 
 
+def test_calls_that_hang_together_show_that_a_server_hangs() -> None:
+    async def main() -> None:
+        fleet = fleet_of("a", "b")
+        fleet.servers["a:80"].hung = True
+        pool = pool_of(fleet, policy="round_robin")
+        calls = [pool.run(calling(fleet, str(i)), timeout_s=40.0) for i in range(8)]
+        assert [a for a, _ in await asyncio.gather(*calls)] == [str(i) for i in range(8)]
+        assert state(pool, "a").breaker != "closed", "though it says that it is well"
+        await pool.close()
+
+    run(main())
+
+
 def test_a_failed_trial_doubles_the_pause() -> None:
     async def main() -> None:
         fleet = fleet_of("a")

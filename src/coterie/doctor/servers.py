@@ -72,10 +72,10 @@ class _Look:
         if not await self._health():
             return self._findings
         models = await self._models()
+        if models:
+            await self._logprobs(models[0])
         metrics = await self._get("/metrics")
         self._build(metrics)
-        if models:
-            await self._logprobs(models[0], metrics)
         await self._changing_adapters(metrics)
         return self._findings
 
@@ -102,9 +102,8 @@ class _Look:
             return False
         version = await self._get("/version")
         found = re.search(r'"version"\s*:\s*"([^"]+)"', version)
-        self._say(
-            "health", Level.OK, f"well{f', vLLM {found.group(1)}' if found else ''}", version=found and found.group(1)
-        )
+        said = f"well, version {found.group(1)}" if found else "well"
+        self._say("health", Level.OK, said, version=found and found.group(1))
         return True
 
     async def _models(self) -> list[str]:
@@ -138,21 +137,20 @@ class _Look:
         return list(names)
 
     def _build(self, metrics: str) -> None:
-        """vLLM's CPU build gives itself away by its block size; it has a trap that kills it."""
+        """vLLM's CPU build gives itself away by the memory it is told to take for its cache. It has two traps."""
         line = next((line for line in metrics.splitlines() if line.startswith("vllm:cache_config_info{")), "")
-        block = re.search(r'[{,]block_size="(\d+)"', line)
-        if block is None:
+        settings = dict(re.findall(r'[{,](\w+)="([^"]*)"', line))
+        if not settings.get("kv_cache_memory_bytes", "None").isdecimal():
             return
-        facts = {"block_size": int(block.group(1))}
-        if int(block.group(1)) >= 64:
-            text = (
-                f"its cache has blocks of {block.group(1)} tokens, as vLLM's CPU build has by default: shorter prompts "
-                "are computed again each time"
-            )
-            mend = "start it with --block-size 32"
-            self._say("block_size", Level.NOTE, text, mend, **facts)
+        text = "if it is vLLM's CPU build, a request with a seed whose prompt it computes in parts kills it"
+        mend = "start it with --no-enable-chunked-prefill (coterie serve --backend vllm --vllm-arg …)"
+        self._say("cpu_build", Level.NOTE, text, mend)
+        block = settings.get("block_size", "")
+        if block.isdecimal() and int(block) >= 64:
+            text = f"prompts shorter than {block} tokens are never cached, and computed again each time"
+            self._say("block_size", Level.NOTE, text, "start it with --block-size 32", block_size=int(block))
 
-    async def _logprobs(self, model: str, metrics: str) -> None:
+    async def _logprobs(self, model: str) -> None:
         for token in _PROBE_IDS:
             request = WireRequest(model, prompt_ids=_PROBE_IDS, max_tokens=1, seed=0, allowed=(token,))
             try:

@@ -129,10 +129,9 @@ class Deployment:
             )
         self.remote = self.fleet is not None
         """Whether there are servers at all."""
-        # one tier inside the process needs nobody to choose
-        self._engine: Engine = engines[0] if len(engines) == 1 and not self.remote else TieredEngine(
-            engines, on_change=on_change
-        )  # fmt: skip
+        # without servers nothing outside can fail: the first engine inside does everything, and if it breaks that is
+        # an error to be seen, not a reason to make answers up
+        self._engine: Engine = TieredEngine(engines, on_change=on_change) if self.remote else engines[0]
 
     def _servers(self, specs: Sequence[ServerSpec], config: InferenceConfig, seed: int, root: Path | None) -> Fleet:
         """The servers, as the camel and the http tier share them."""

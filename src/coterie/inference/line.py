@@ -70,6 +70,10 @@ class Line:
         if not group:
             del self._groups[ticket.needs]
 
+    def blocks(self, ticket: Ticket) -> bool:
+        """Whether somebody waits already who could go wherever `ticket` may."""
+        return any(not t.avoid and not t.never for t in self._groups.get(ticket.needs, ()))
+
     def next(self, blocked: set[str | None]) -> tuple[str | None, list[Ticket]] | None:
         """Of the groups not `blocked` the one whose first came first: its key, and those of it who are to be tried:
         up to the first for whom every server is alike, for where that one finds no place, nobody behind it does."""

@@ -53,23 +53,31 @@ class Places:
 
     async def take(self, ticket: Ticket) -> Member:
         """Wait for a place. Raises `NoServers`."""
-        ticket.place = asyncio.get_running_loop().create_future()
-        self._give_up_if_hopeless(ticket)
+        able = self.able(ticket)
+        if self._closed or not able:
+            self._give_up_if_hopeless(ticket)
+        if able and not self._line.blocks(ticket):
+            member = self._choose(ticket, able, len(self._line) + 1)
+            if member is not None:
+                return member
+        loop = asyncio.get_running_loop()
+        ticket.place = loop.create_future()
         self._line.add(ticket)
-        self.give_out()
+        alarm = loop.call_later(max(0.0, ticket.deadline - self._clock()), self._too_late, ticket)
         try:
-            async with asyncio.timeout(max(0.0, ticket.deadline - self._clock())):
-                try:
-                    return await ticket.place
-                except asyncio.CancelledError:
-                    # the place may have been given in the same moment
-                    if ticket.place.done() and not ticket.place.cancelled() and ticket.place.exception() is None:
-                        self.give_back(ticket.place.result())
-                    raise
-        except TimeoutError as error:
-            raise NoServers(f"no server took the call in time ({self._why()})") from error
+            return await ticket.place
+        except asyncio.CancelledError:
+            # the place may have been given in the same moment
+            if ticket.place.done() and not ticket.place.cancelled() and ticket.place.exception() is None:
+                self.give_back(ticket.place.result())
+            raise
         finally:
+            alarm.cancel()
             self._line.remove(ticket)
+
+    def _too_late(self, ticket: Ticket) -> None:
+        if not ticket.place.done():
+            ticket.place.set_exception(NoServers(f"no server took the call in time ({self._why()})"))
 
     def give_back(self, member: Member) -> None:
         """A call there ended, however."""
@@ -87,12 +95,17 @@ class Places:
     def able(self, ticket: Ticket) -> list[Member]:
         """Members this call may go to now, full ones included."""
         now = self._clock()
-        able = [m for m in self._members.values() if m.serves(now) and m.name not in ticket.never]
-        able = [m for m in able if m.name not in ticket.avoid] or able
+        able = [m for m in self._members.values() if m.serves(now)]
+        if ticket.never:
+            able = [m for m in able if m.name not in ticket.never]
+        if ticket.avoid:
+            able = [m for m in able if m.name not in ticket.avoid] or able
         return self._residency.fit(able, ticket.needs)
 
     def give_out(self) -> None:
         """Give every free place to somebody who may use it."""
+        if not len(self._line):
+            return
         blocked: set[str | None] = set()
         while (front := self._line.next(blocked)) is not None:
             key, tickets = front
@@ -100,23 +113,26 @@ class Places:
                 if ticket.place.done():
                     self._line.remove(ticket)
                     break
-                able = self.able(ticket)
-                member = self._router.choose(able, len(self._line), ticket.prefix, self._clock())
+                member = self._choose(ticket, self.able(ticket), len(self._line))
                 if member is not None:
                     self._line.remove(ticket)
-                    self._give(member, ticket)
+                    ticket.place.set_result(member)
                     break
-                if any(m.places(learnt=True) > 0 for m in able):
-                    self._look_later()
             else:
                 blocked.add(key)
 
-    def _give(self, member: Member, ticket: Ticket) -> None:
+    def _choose(self, ticket: Ticket, able: list[Member], waiting: int) -> Member | None:
+        """A member with a place for `ticket`, the place taken; None: there is none for it."""
+        member = self._router.choose(able, waiting, ticket.prefix, self._clock())
+        if member is None:
+            if any(m.places(learnt=True) > 0 for m in able):
+                self._look_later()
+            return None
         if not member.in_flight:
             member.busy_since = self._clock()
         member.in_flight += 1
         member.trial = member.breaker.state is BreakerState.HALF_OPEN
-        ticket.place.set_result(member)
+        return member
 
     def _look_later(self) -> None:
         """A place was kept free because faster servers would be sooner; see in a while whether they were."""

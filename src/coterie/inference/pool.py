@@ -26,6 +26,7 @@ from typing import TypeVar
 
 from coterie.errors import ConfigError, EngineError, nearest
 from coterie.inference.breaker import BreakerState
+from coterie.inference.lessons import Lessons
 from coterie.inference.limit import Limit
 from coterie.inference.line import Ticket
 from coterie.inference.places import NoServers, Places
@@ -38,9 +39,6 @@ __all__ = ["NoServers", "ServerPool", "ServerState"]
 
 T = TypeVar("T")
 
-FIRST_PAUSE_S = 0.25
-LONGEST_PAUSE_S = 30.0
-"""Of a server that is full and does not say for how long; doubled while it stays so."""
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 1.0
 """Before a call goes back to servers that all failed it; doubled each time."""
@@ -89,6 +87,7 @@ class ServerPool:
         self._residency = Residency(self._members, control, clock, loader)
         self._places = Places(self._members, self._residency, Router(policy, self._rng), clock)
         self._watch = Watch(self._members, control, self._residency, clock, self._rng, self._places.changed)
+        self._lessons = Lessons(self._places, self._residency, self._watch, clock)
         self._tickets = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = False
@@ -131,7 +130,10 @@ class ServerPool:
             ServerFault: REJECTED at once; any other once the attempts or the time are used up, or no server could
                 do better.
             NoServers: no server can serve it in time.
+            ValueError: a weight that is not above 0.
         """
+        if not weight > 0:
+            raise ValueError(f"weight {weight} must be above 0: the size of the call")
         self._enter()
         self._tickets += 1
         ticket = Ticket(self._tickets, needs, prefix, weight, self._clock() + timeout_s, patient)
@@ -165,7 +167,7 @@ class ServerPool:
                 last = fault
                 if on_fault is not None:
                     on_fault(member.spec, fault, self._clock() - sent)
-                if not self._may_go_on(member, ticket, fault):
+                if not self._lessons.failed(member, ticket, fault, sent):
                     raise
             await self._back_off(ticket, attempt)
         assert last is not None
@@ -213,7 +215,7 @@ class ServerPool:
     ) -> T:
         sent = self._clock()
         seconds = max(0.0, ticket.deadline - sent)
-        if share and any(m is not member for m in self._places.able(ticket)):
+        if share and len(self._members) > 1 and any(m is not member for m in self._places.able(ticket)):
             usual = ticket.weight * (member.latency.mean or 0.0)
             seconds = min(seconds, max(seconds / 2, 4 * usual))
         measured = member.limit.sent(member.in_flight)
@@ -232,59 +234,10 @@ class ServerPool:
         finally:
             member.alarms.discard(alarm)
         took = self._clock() - sent
-        self._answered(member)
-        member.latency.add(took / ticket.weight)
+        self._lessons.answered(member)
+        member.latency.add(took, ticket.weight)
         member.limit.done(measured, took, ticket.weight)
         return answer
-
-    def _answered(self, member: Member) -> None:
-        """`member` said something, which shows that it lives."""
-        member.breaker.succeeded()
-        member.trial = False
-        member.last_answer = self._clock()
-        member.unwell_since = None
-        member.pause_s = 0.0
-
-    # -- after a fault --------------------------------------------------------------------------------------------
-
-    def _may_go_on(self, member: Member, ticket: Ticket, fault: ServerFault) -> bool:
-        """Learn from `fault`; whether the call may be tried again."""
-        match fault.kind:
-            case FaultKind.REJECTED:
-                self._answered(member)
-                return False
-            case FaultKind.UNAUTHORIZED:
-                self.retire(member.name, str(fault))
-            case FaultKind.MISSING:
-                self._answered(member)
-                if ticket.needs is not None:
-                    self._residency.lost(member, ticket.needs)
-                ticket.never.add(member.name)
-                if not any(m.name not in ticket.never for m in self._places.present()):
-                    return False
-            case FaultKind.OVERLOADED:
-                self._pause(member, fault.retry_after_s)
-            case FaultKind.CONNECTION:
-                ticket.avoid.add(member.name)
-                self._watch.failed(member)
-            case FaultKind.TIMEOUT | FaultKind.SERVER:
-                ticket.avoid.add(member.name)
-                self._watch.suspect(member)
-        return self._clock() < ticket.deadline
-
-    def _pause(self, member: Member, asked_s: float) -> None:
-        now = self._clock()
-        longer = 2 * member.pause_s or FIRST_PAUSE_S
-        self._answered(member)
-        if member.paused_until <= now:
-            # the other calls it refuses in the same moment say nothing new
-            member.pause_s = min(longer, LONGEST_PAUSE_S)
-            member.limit.overloaded()
-        until = now + (asked_s if asked_s > 0 else member.pause_s)
-        if until > member.paused_until:
-            member.paused_until = until
-            self._watch.wake_at(until)
-        self._places.changed()
 
     async def _back_off(self, ticket: Ticket, attempt: int) -> None:
         """When every server that could serve failed this call, wait a little and allow all of them again."""
@@ -301,6 +254,12 @@ class ServerPool:
     def available(self) -> bool:
         """Whether any server may take a call now, or after a pause it asked for."""
         return any(m.breaker.state is not BreakerState.OPEN for m in self._places.present())
+
+    @property
+    def ready(self) -> bool:
+        """Whether any server takes calls now: neither out nor in a pause it asked for."""
+        now = self._clock()
+        return any(m.serves(now) for m in self._places.present())
 
     # -- adapters -------------------------------------------------------------------------------------------------
 

@@ -162,9 +162,9 @@ class RemoteEngine:
                 whys.append(str(error))
             else:
                 fleet.readmit(server.name)
-                if fleet.pool.available:
+                if fleet.pool.ready:
                     return
-                whys.append(f"{server.name}: well again, but not back in the pool yet")
+                whys.append(f"{server.name}: well, but it takes no calls yet")
         raise TierFailedError("; ".join(whys) or "no servers are configured")
 
     # -- choices ------------------------------------------------------------------------------------------------

@@ -35,17 +35,24 @@ LOAD_BOUND = 1.25
 
 
 class Latency:
-    """Mean seconds of a call of weight 1: of all calls at first, then weighing the latest tenth each."""
+    """Mean seconds of a call of weight 1: seconds over weight, of all calls at first, then weighing the latest a
+    tenth. Both are averaged before they are divided, for a small call that had to wait says little of speed."""
 
     def __init__(self) -> None:
-        self.mean: float | None = None
         self._count = 0
+        self._seconds = 0.0
+        self._weight = 0.0
 
-    def add(self, seconds: float) -> None:
+    @property
+    def mean(self) -> float | None:
+        """None: no call was answered yet."""
+        return self._seconds / self._weight if self._count else None
+
+    def add(self, seconds: float, weight: float) -> None:
         """One answered call."""
         self._count = min(self._count + 1, 10)
-        mean = self.mean or 0.0
-        self.mean = mean + (seconds - mean) / self._count
+        self._seconds += (seconds - self._seconds) / self._count
+        self._weight += (weight - self._weight) / self._count
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class ServerState:
     adapters: tuple[str, ...]
     """Known to be loaded there."""
     mean_latency_s: float | None
-    """Of answered calls, moving; None: none was answered yet."""
+    """Of an answered call per weight, moving; None: none was answered yet."""
     limit: int = 0
     """Calls it is given at once, as learnt."""
 
@@ -162,10 +169,12 @@ class Member:
         """Take in what the server says of its own load (vLLM's metric names)."""
         self.waiting = int(metrics.get("vllm:num_requests_waiting", 0.0))
         running = int(metrics.get("vllm:num_requests_running", 0.0))
-        self.foreign = max(0, running + self.waiting - self.in_flight)
+        there = running + self.waiting
+        self.foreign = max(0, there - self.in_flight)
         self.cache_usage = metrics.get("vllm:kv_cache_usage_perc", 0.0)
-        if self.in_flight:
-            self.limit.queued(min(self.waiting, self.in_flight))
+        if self.in_flight and there:
+            ours = min(1.0, self.in_flight / there)
+            self.limit.queued(ours * running, ours * self.waiting)
 
 
 class Router:
@@ -194,9 +203,11 @@ class Router:
         if self.policy == "round_robin":
             self._turn += 1
             return free[self._turn % len(free)]
+        if len(able) == 1:
+            return free[0]
         best = min((m.latency.mean for m in able if m.latency.mean is not None), default=0.0)
         seconds = {m.name: m.seconds(now, best) for m in able}
-        free = [m for m in free if len(able) == 1 or _worth(m, able, seconds, waiting)]
+        free = _worth(able, seconds, waiting)
         if not free:
             return None
         if self.policy == "prefix" and prefix is not None:
@@ -215,18 +226,22 @@ def _load(member: Member, seconds: float) -> tuple[float, float, int, float]:
     return (seconds * (1 + used), used, member.waiting, member.cache_usage)
 
 
-def _worth(member: Member, able: Sequence[Member], seconds: Mapping[str, float], waiting: int) -> bool:
-    """Whether a call is done sooner there than after all that wait have gone to faster members."""
-    own = seconds[member.name]
-    faster = [m for m in able if seconds[m.name] < own]
-    if not faster:
-        return True
-    rate = sum(m.limit.value / seconds[m.name] for m in faster if seconds[m.name] > 0)
-    if rate <= 0:
-        return True  # nothing is known of them yet
-    drained = waiting / rate + min(seconds[m.name] for m in faster)
-    # while a faster one is free, being twice as slow is no reason yet to leave this one out: means are noisy
-    return own <= (2 * drained if any(m.places(learnt=True) > 0 for m in faster) else drained)
+def _worth(able: Sequence[Member], seconds: Mapping[str, float], waiting: int) -> list[Member]:
+    """Members with a free place where a call is done sooner than after all that wait have gone to faster ones."""
+    found: list[Member] = []
+    rate = 0.0
+    """Calls a second of the members faster than the one looked at."""
+    best = seconds[min(able, key=lambda m: seconds[m.name]).name]
+    for member in sorted(able, key=lambda m: seconds[m.name]):
+        own = seconds[member.name]
+        # while a faster one is free, being twice as slow is no reason yet to leave this one out: means are noisy
+        patience = 2.0 if found else 1.0
+        if own > best and rate > 0 and own > patience * (waiting / rate + best):
+            break  # and so for all that are slower still
+        if member.places(learnt=True) > 0:
+            found.append(member)
+        rate += member.limit.value / own if own > 0 else 0.0
+    return found
 
 
 def _sticky(prefix: int, free: Sequence[Member], able: Sequence[Member], seconds: Mapping[str, float]) -> Member | None:

@@ -143,9 +143,9 @@ class RemoteSpeaker:
             except ServerFault as fault:
                 whys.append(str(fault))
             else:
-                if pool.available:
+                if pool.ready:
                     return
-                whys.append(f"{server.name}: well, but not back in the pool yet")
+                whys.append(f"{server.name}: well, but it takes no calls yet")
         raise TierFailedError("; ".join(whys) or "no servers are configured")
 
     async def answer(self, ask: Ask) -> Answer:

@@ -8,6 +8,7 @@ layer of many adapters is a batch of matrices that already stands in memory.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ class Adapter:
 
     def __init__(self, pool: AdapterPool, alpha: float, *, trainable: bool) -> None:
         self.pool, self.row = pool, pool.take()
+        weakref.finalize(self, pool.give_back, self.row).atexit = False  # whoever lets go of it frees its row
         self.rank, self.alpha = pool.rank, alpha
         rank = self.rank
         self.shapes = tuple(pool.shapes.values())

@@ -187,9 +187,7 @@ class AdapterBank:
         return adapter
 
     def remove(self, model_id: ModelId) -> None:
-        adapter = self._training.pop(model_id)
-        del self._versions[model_id]
-        adapter.pool.give_back(adapter.row)
+        del self._training[model_id], self._versions[model_id]
 
     def training(self, model_id: ModelId) -> Adapter:
         """The adapter of a model in training."""
@@ -228,8 +226,7 @@ class AdapterBank:
         """Forget a frozen version. Raises AdapterError when there is none."""
         if version not in self._frozen:
             raise AdapterError(f"adapter {version.name} is not among the frozen ones of this bank")
-        adapter = self._frozen.pop(version)
-        adapter.pool.give_back(adapter.row)
+        del self._frozen[version]
 
     def publish(self, version: AdapterVersion) -> None:
         """The training adapter of this model now goes by `version`."""

@@ -3,6 +3,7 @@
     config.toml      the whole resolved config; `load_config` reads it back to an equal `RunConfig`
     run.json         name, seed, when and with which versions it was made; a folder with this file is a run
     metrics.jsonl    one line per update                 episodes.sqlite   calls and episodes
+    calls.jsonl      one line per call to a server       calls.1.jsonl     the calls before those
     adapters/<model_id>/v<version>/                      checkpoints/<update>/ with "complete" written last
     results/<name>.json                                  lock   while a process writes the run
 
@@ -109,6 +110,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def calls_path(self) -> Path:
+        """One line per call that generated something, where servers do; see `coterie.monitor.calls.CallLog`."""
+        return self.path / "calls.jsonl"
+
+    @property
     def database_path(self) -> Path:
         return self.path / "episodes.sqlite"
 
@@ -120,7 +126,8 @@ class RunDirectory:
         if self.metrics_path.exists() or self.checkpoints():
             return
         database = self.database_path.name
-        for name in ("run.json", "config.toml", database, f"{database}-wal", f"{database}-shm"):
+        calls = (self.calls_path.name, "calls.1.jsonl")
+        for name in ("run.json", "config.toml", database, f"{database}-wal", f"{database}-shm", *calls):
             (self.path / name).unlink(missing_ok=True)
         for folder in ("adapters", "checkpoints", "results"):
             with suppress(OSError):

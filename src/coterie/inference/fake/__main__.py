@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048, help="context in tokens")
     parser.add_argument("--logprobs-mode", choices=("processed_logprobs", "raw_logprobs"), default="processed_logprobs")
     parser.add_argument("--api-key-env", default=None, help="environment variable with the key that /v1 asks for")
+    parser.add_argument("--keep-alive-s", type=float, default=5.0, help="after which idle connections are closed")
     parser.add_argument("--commands", action="store_true", help="take faults over HTTP")
     arguments = vars(parser.parse_args())
     key = arguments.pop("api_key_env")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coterie.inference.fake.generation import Made, Settings
+from coterie.inference.fake.generation import Made
 from coterie.inference.fake.policy import FakePolicy, log_softmax
+from coterie.inference.fake.requests import Settings
 from coterie.inference.fake.tokens import FakeTokenizer
 
 Json = dict[str, Any]

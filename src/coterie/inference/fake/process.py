@@ -14,8 +14,8 @@ import aiohttp
 from aiohttp import web
 
 from coterie.errors import EngineError
-from coterie.inference.fake.generation import RefusedError
-from coterie.inference.fake.server import FakeServer, read_json
+from coterie.inference.fake.requests import RefusedError, read_json
+from coterie.inference.fake.server import FakeServer
 from coterie.inference.wire import ServerSpec, server_spec
 
 COMMANDS = (

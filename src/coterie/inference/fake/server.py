@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,17 +17,10 @@ from aiohttp.web_protocol import RequestHandler
 from coterie.errors import AdapterError, EngineError
 from coterie.inference.fake.answers import Answer, Json
 from coterie.inference.fake.faults import REASONS, Faults, error, open_stream
-from coterie.inference.fake.generation import (
-    LogprobsMode,
-    RefusedError,
-    Settings,
-    generate,
-    read_prompts,
-    read_settings,
-    saying,
-)
+from coterie.inference.fake.generation import LogprobsMode, generate
 from coterie.inference.fake.metrics import Counters, PrefixCache, page
 from coterie.inference.fake.policy import FakePolicy, adapter_weights
+from coterie.inference.fake.requests import RefusedError, Settings, read_json, read_prompts, read_settings, saying
 from coterie.inference.fake.slots import Slots
 from coterie.inference.fake.tokens import ByteTokenizer, FakeTokenizer
 from coterie.inference.wire import ServerSpec, server_spec
@@ -67,6 +59,7 @@ class FakeServer(Faults):
         gives_ids: bool = True,
         adapters: bool = True,
         dev_mode: bool = True,
+        keep_alive_s: float = 5.0,
     ) -> None:
         """
         Args:
@@ -79,6 +72,8 @@ class FakeServer(Faults):
             logprobs_mode: "raw_logprobs" is vLLM's default: temperature, bias and allowed set not included.
             gives_ids: False: does not know return_token_ids. adapters: False: started without runtime loading.
             dev_mode: Whether /is_sleeping and /is_paused exist.
+            keep_alive_s: After which an idle connection is closed, vLLM's by default: clients that keep them as long
+                send now and then into one that is closing.
         """
         super().__init__()
         self.model, self.seed, self.port = model, seed, port
@@ -88,7 +83,7 @@ class FakeServer(Faults):
         self.api_key = api_key
         self.max_model_len, self.max_lora_rank, self.max_logprobs = max_model_len, max_lora_rank, max_logprobs
         self.logprobs_mode, self.gives_ids = logprobs_mode, gives_ids
-        self.adapters, self.dev_mode = adapters, dev_mode
+        self.adapters, self.dev_mode, self.keep_alive_s = adapters, dev_mode, keep_alive_s
         self.calls = self.answered = self.cancelled = 0
         self.requests: deque[Json] = deque(maxlen=10_000)
         self._loaded: dict[str, _Adapter] = {}
@@ -179,9 +174,13 @@ class FakeServer(Faults):
             return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=2**28)
 
         self._http = web.Server(
-            self._handle, request_factory=make, handler_cancellation=True, access_log=None, keepalive_timeout=5.0
+            self._handle,
+            request_factory=make,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=self.keep_alive_s,
         )
-        self._listener = await loop.create_server(self._http, "127.0.0.1", self.port)
+        self._listener = await loop.create_server(self._http, "127.0.0.1", self.port, backlog=2048)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     # -- adapters and death ---------------------------------------------------------------------------------------
@@ -351,7 +350,7 @@ class FakeServer(Faults):
         shown = prompts
         if self._misreported:
             self._misreported -= 1
-            shown = [[*prompt[:-1], (prompt[-1] + 1) % self.tokenizer.vocabulary] for prompt in prompts]
+            shown = [(*prompt[:-1], (prompt[-1] + 1) % self.tokenizer.vocabulary) for prompt in prompts]
         fresh = sum(self._cache.add(policy.weights, prompt) for prompt in prompts)
         answer = Answer(number, str(name), chat, settings, prompts, shown, made, self.tokenizer, policy, self.gives_ids)
         return answer, self.latency_s + fresh * self.per_prompt_token_s
@@ -386,14 +385,3 @@ class FakeServer(Faults):
         self.answered += 1
         self._counters.add(answer)
         return response
-
-
-async def read_json(request: web.BaseRequest) -> Json:
-    """The body of a request, an object. Raises `RefusedError`."""
-    try:
-        body = json.loads(await request.read())
-    except ValueError as error:
-        raise RefusedError(f"Invalid JSON: {error}", type_="Bad Request") from error
-    if not isinstance(body, dict):
-        raise RefusedError("Request body must be a JSON object", type_="Bad Request")
-    return body

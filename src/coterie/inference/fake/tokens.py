@@ -27,6 +27,8 @@ class FakeTokenizer(Protocol):
         """Prompt ids of a chat. `continued`: the last message is left open; otherwise the assistant's is opened."""
         ...
 
+    def __hash__(self) -> int: ...
+
 
 class ByteTokenizer:
     """Bytes as ids, after three special tokens; chats as in ChatML."""
