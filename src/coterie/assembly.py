@@ -83,7 +83,7 @@ def assemble(
         kept_versions=inference.staleness,
     )
     simulated = SimulatedEngine(lambda text: tuple(base.chat.tokenizer.encode(text, add_special_tokens=False)))
-    calls = CallRecords(run, inference.metrics_port) if inference.servers else None
+    calls = CallRecords(run.path if run else None, inference.metrics_port) if inference.servers else None
     engine = Deployment(
         inference,
         inside=(local, simulated),

@@ -295,6 +295,14 @@ def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
         raise ConfigError(f"{source}: " + explain(error, RunConfig)) from error
 
 
+def with_server(config: RunConfig, url: str) -> RunConfig:
+    """The same run with turns from this server. Raises `ConfigError` when it names servers of its own."""
+    if config.inference.servers:
+        raise ConfigError("servers are named in both vllm_url and config.inference.servers; use one of them")
+    inference = config.inference.model_copy(update={"servers": (ServerConfig(url=url),)})
+    return config.model_copy(update={"inference": inference})
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """Say each problem of a pydantic error in one line: key path, what is wrong, nearest valid key."""
     lines = []
