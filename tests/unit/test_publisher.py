@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import ConfigError, EngineError
-from coterie.inference.canary import content_of, distance
+from coterie.inference.canary import CanaryError, content_of, distance, score
 from coterie.inference.fake import FakePolicy, FakeServer, adapter_weights, token_logprobs, write_adapter
 from coterie.inference.http import HttpControl, HttpTransport
 from coterie.inference.pool import ServerPool
 from coterie.inference.publisher import Probe, Publisher, PublishError, PublishReport
-from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, WireRequest
+from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, WireReply, WireRequest, server_spec
 from coterie.types import AdapterVersion
 
 TOKENS = tuple(range(40, 60))
@@ -231,6 +231,15 @@ def test_a_probe_that_says_nothing_is_refused_and_none_is_needed(tmp_path: Path)
             assert logprobs == here.probe(directory)[1]
 
     asyncio.run(main())
+
+
+def test_a_server_that_does_not_score_prompts_cannot_be_checked() -> None:
+    class Silent(HttpTransport):
+        async def call(self, server: ServerSpec, request: WireRequest, timeout_s: float) -> WireReply:
+            return WireReply(text="x", finish_reason="length")
+
+    with pytest.raises(CanaryError, match=r"h:1: 'm-v1': 2 log-probabilities of the prompt .* 0 came back"):
+        asyncio.run(score(Silent(), server_spec("http://h:1"), "m-v1", (1, 2, 3), 1.0))
 
 
 def test_what_is_no_number_is_infinitely_far_away() -> None:
