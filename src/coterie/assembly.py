@@ -83,7 +83,8 @@ def assemble(
         kept_versions=inference.staleness,
     )
     simulated = SimulatedEngine(lambda text: tuple(base.chat.tokenizer.encode(text, add_special_tokens=False)))
-    calls = CallRecords(run.path if run else None, inference.metrics_port) if inference.servers else None
+    path = run.calls_path if run is not None else None
+    calls = CallRecords(path, inference.metrics_port) if inference.servers else None
     engine = Deployment(
         inference,
         inside=(local, simulated),

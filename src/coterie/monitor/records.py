@@ -12,15 +12,15 @@ from coterie.monitor.prometheus import PrometheusEndpoint
 class CallRecords:
     """A `CallSink` for a run with servers. `close` it, or the last lines are lost."""
 
-    def __init__(self, folder: Path | None, metrics_port: int | None = None) -> None:
-        """`folder`: of the run; None keeps no file. `metrics_port`: of the Prometheus endpoint, None for none.
+    def __init__(self, path: Path | None, metrics_port: int | None = None) -> None:
+        """`path`: of calls.jsonl, None keeps no file. `metrics_port`: of the Prometheus endpoint, None for none.
 
         Raises:
             RunFolderError: calls.jsonl cannot be written.
             ConfigError: the port is taken.
         """
         self.statistics = CallStatistics()
-        self._log = CallLog(folder / "calls.jsonl") if folder is not None else None
+        self._log = CallLog(path) if path is not None else None
         self._endpoint = PrometheusEndpoint() if metrics_port is not None else None
         self.url = self._endpoint.start(metrics_port) if self._endpoint is not None and metrics_port is not None else ""
         """Of the endpoint; empty where there is none."""
