@@ -480,21 +480,15 @@ def test_a_person_takes_a_seat(make: MakeEnvironment) -> None:
 # -- mistakes -----------------------------------------------------------------------------------------------------
 
 
-def test_a_server_url_becomes_the_run_s_server() -> None:
-    env = MultiModelEnvironment("http://localhost:8000/v1", TrainingMode.COOPERATIVE)
-    assert [server.url for server in env.config.inference.servers] == ["http://localhost:8000/v1"]
-    given = parse_config({"seed": 3})
-    env = MultiModelEnvironment("http://localhost:8000", config=given)
-    assert [server.url for server in env.config.inference.servers] == ["http://localhost:8000"]
-    assert env.config.seed == 3
-
-
-def test_a_server_url_that_is_none_or_comes_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'localhost:8000': write it as http://host:port"):
+def test_a_server_url_is_a_server_of_the_run(settings: Callable[..., RunConfig]) -> None:
+    url = "http://localhost:8000/v1"
+    for env in (MultiModelEnvironment(url), MultiModelEnvironment(url, config=settings())):
+        assert [server.url for server in env.config.inference.servers] == [url]
+    twice = settings(inference={"servers": [{"url": url}]})
+    with pytest.raises(ConfigError, match=r"servers are named in both vllm_url and config\.inference\.servers"):
+        MultiModelEnvironment(url, config=twice)
+    with pytest.raises(ConfigError, match="server url 'localhost:8000'"):
         MultiModelEnvironment("localhost:8000")
-    config = parse_config({"inference": {"servers": [{"url": "http://gpu1"}]}})
-    with pytest.raises(ConfigError, match="both vllm_url and config"):
-        MultiModelEnvironment("http://gpu2", config=config)
 
 
 @pytest.mark.parametrize(
