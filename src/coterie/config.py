@@ -244,8 +244,11 @@ class RunConfig(Section):
         return self
 
 
-def check_models(models: Sequence[ModelConfig], max_models: int, mode: TrainingMode) -> None:
+def check_models(models: Sequence[ModelConfig], max_models: int, mode: TrainingMode, *, complete: bool = True) -> None:
     """Refuse a group of models that cannot be trained together.
+
+    Args:
+        complete: whether no more models will join; until then a team battle may have one team.
 
     Raises:
         ValueError: duplicate ids, more than `max_models`, different bases, or too few teams for a team battle.
@@ -263,7 +266,7 @@ def check_models(models: Sequence[ModelConfig], max_models: int, mode: TrainingM
         alone = [m.model_id for m in models if m.team_id is None]
         if alone:
             raise ValueError(f"mode team_battle needs a team_id for every model; {alone[0]!r} has none")
-        if len({m.team_id for m in models}) < 2:
+        if complete and len({m.team_id for m in models}) < 2:
             raise ValueError("mode team_battle needs at least two different team_id values")
 
 
@@ -290,6 +293,14 @@ def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + explain(error, RunConfig)) from error
+
+
+def with_server(config: RunConfig, url: str) -> RunConfig:
+    """The same run with turns from this server. Raises `ConfigError` when it names servers of its own."""
+    if config.inference.servers:
+        raise ConfigError("servers are named in both vllm_url and config.inference.servers; use one of them")
+    inference = config.inference.model_copy(update={"servers": (ServerConfig(url=url),)})
+    return config.model_copy(update={"inference": inference})
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:

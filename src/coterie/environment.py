@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from coterie.config import RunConfig, ServerConfig, check_models, parse_config
+from coterie.config import RunConfig, check_models, parse_config, with_server
 from coterie.credit.base import build_credit
 from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
 from coterie.inference.deployment import server_specs
@@ -82,15 +82,9 @@ class MultiModelEnvironment:
             ConfigError: an impossible setting, or servers in both vllm_url and config.
         """
         if config is None:
-            servers = [{"url": vllm_url}] if vllm_url is not None else []
-            config = parse_config(
-                {"mode": training_mode, "max_models": max_models, "inference": {"servers": servers}}, source="arguments"
-            )
-        elif vllm_url is not None:
-            if config.inference.servers:
-                raise ConfigError("servers are named in both vllm_url and config.inference.servers; use one of them")
-            inference = config.inference.model_copy(update={"servers": (ServerConfig(url=vllm_url),)})
-            config = config.model_copy(update={"inference": inference})
+            config = parse_config({"mode": training_mode, "max_models": max_models}, source="arguments")
+        if vllm_url is not None:
+            config = with_server(config, vllm_url)
         server_specs(config.inference.servers)  # a bad url or a missing key is said before anything long starts
         self.config = config
         self.observer: Observer = observer or Silent()
@@ -167,15 +161,12 @@ class MultiModelEnvironment:
             AdapterError: the saved adapter does not fit the model or this base; when the base is loaded already,
                 else when it is.
         """
-        added = (
-            replace(model, performance_history=[*model.performance_history])
-            if isinstance(model, LoRAModel)
-            else LoRAModel(model)
-        )
+        added = LoRAModel(model) if isinstance(model, ModelConfig) else replace(model)
+        added.performance_history = [*added.performance_history]
         config = added.config
         others = [m.config for m in self.models.values()]
         try:
-            check_models([*others, config], self.config.max_models, TrainingMode.COOPERATIVE)
+            check_models([*others, config], self.config.max_models, self.config.mode, complete=False)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if config.model_name not in (None, self.config.base.model):
@@ -183,8 +174,6 @@ class MultiModelEnvironment:
                 f"model {config.model_id!r} names base {config.model_name!r}, but this run's base is "
                 f"{self.config.base.model!r}; all policies of a run share one base (set base.model)"
             )
-        if self.config.mode is TrainingMode.TEAM_BATTLE and config.team_id is None:
-            raise ConfigError(f"mode team_battle needs a team_id for every model; {config.model_id!r} has none")
         if added.version and added.adapter_dir is None:
             raise ConfigError(
                 f"model {added.adapter.name} brings no weights: this version is saved nowhere. Train it in a run "

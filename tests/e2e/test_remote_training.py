@@ -126,11 +126,14 @@ def test_the_same_run_in_process_and_on_a_server_learns_the_same(
     settings: Callable[..., RunConfig], tiny_path: Path, tmp_path: Path
 ) -> None:
     with served(tiny_path, tmp_path) as (_, url):
-        remote, _ = train(settings([url], updates=3), tmp_path / "remote", Watch())
-    local, _ = train(settings([], updates=3), tmp_path / "local", Watch())
+        remote, there = train(settings([url], updates=3), tmp_path / "remote", Watch())
+    local, here = train(settings([], updates=3), tmp_path / "local", Watch())
+    start = MultiModelEnvironment.from_config(settings([], updates=0))
+    assert [turn.token_ids for turn in turns(here)] == [turn.token_ids for turn in turns(there)]
     for model_id in ("a", "b"):
-        ours, theirs = (env.base.bank.training(model_id).flat for env in (local, remote))
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+        before, ours, theirs = (env.base.bank.training(model_id).flat for env in (start, local, remote))
+        # Adam turns the sign of a gradient near zero into a whole step: single weights may differ, the way gone may not
+        assert torch.nn.functional.cosine_similarity(ours - before, theirs - before, dim=0) > 0.98
 
 
 def test_a_server_killed_in_mid_run_costs_no_episode_and_is_used_again(

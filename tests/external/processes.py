@@ -44,7 +44,7 @@ def vllm_command(python: str, model: str, served: str, *, core: int) -> Launch:
     """
     settings = ServeSettings(model=served, max_lora_rank=16, max_model_len=2048)
     flags = (
-        "--no-enable-chunked-prefill", "--block-size", "32", "--dtype", "float32", "--max-logprobs", "64",
+        "--block-size", "32", "--dtype", "float32", "--max-logprobs", "64",
         "--max-num-seqs", "32",
     )  # fmt: skip
     environment = {
@@ -56,7 +56,7 @@ def vllm_command(python: str, model: str, served: str, *, core: int) -> Launch:
 
     def argv(port: int) -> tuple[str, ...]:
         command = build_command(
-            python, model, settings, host="127.0.0.1", port=port, max_loras=4, adapters={}, extra=flags
+            python, model, settings, host="127.0.0.1", port=port, max_loras=4, adapters={}, cpu=True, extra=flags
         )
         environment.update(command.environment)
         return command.argv

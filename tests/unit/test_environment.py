@@ -480,9 +480,15 @@ def test_a_person_takes_a_seat(make: MakeEnvironment) -> None:
 # -- mistakes -----------------------------------------------------------------------------------------------------
 
 
-def test_a_server_url_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"vllm_url='http://localhost:8000/v1'.*leave vllm_url out"):
-        MultiModelEnvironment("http://localhost:8000/v1", TrainingMode.COOPERATIVE)
+def test_a_server_url_is_a_server_of_the_run(settings: Callable[..., RunConfig]) -> None:
+    url = "http://localhost:8000/v1"
+    for env in (MultiModelEnvironment(url), MultiModelEnvironment(url, config=settings())):
+        assert [server.url for server in env.config.inference.servers] == [url]
+    twice = settings(inference={"servers": [{"url": url}]})
+    with pytest.raises(ConfigError, match=r"servers are named in both vllm_url and config\.inference\.servers"):
+        MultiModelEnvironment(url, config=twice)
+    with pytest.raises(ConfigError, match="server url 'localhost:8000'"):
+        MultiModelEnvironment("localhost:8000")
 
 
 @pytest.mark.parametrize(

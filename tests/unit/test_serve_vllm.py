@@ -15,7 +15,7 @@ import pytest
 from coterie.errors import ConfigError
 from coterie.serve import vllm
 from coterie.serve.settings import ServeSettings
-from coterie.serve.vllm import MODULE, PYTHON_VARIABLE, build_command, find_python
+from coterie.serve.vllm import MODULE, PYTHON_VARIABLE, build_command, find_python, on_cpu
 
 
 def command(**changes: Any) -> vllm.Command:
@@ -140,6 +140,19 @@ def test_coterie_serve_becomes_vllm_and_says_which(tmp_path: Path) -> None:
     assert said[0].startswith("starting vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_API_KEY=*** ")
     assert str(python) in said[0]
     assert "s3cret" not in "".join(said)
+
+
+@pytest.mark.parametrize(("said", "cpu"), [("cpu", True), ("other", False), ("", False)])
+def test_a_build_for_cpu_computes_whole_prompts(tmp_path: Path, said: str, cpu: bool) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {said}\n")
+    python.chmod(0o755)
+    assert on_cpu(str(python)) is cpu
+    assert ("--no-enable-chunked-prefill" in command(cpu=cpu).argv) is cpu
+
+
+def test_this_interpreter_has_no_build_for_cpu() -> None:
+    assert not on_cpu(sys.executable)
 
 
 def test_starting_vllm_imports_no_torch() -> None:

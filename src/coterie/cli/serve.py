@@ -160,7 +160,7 @@ def _become_vllm(
     extra: list[str],
 ) -> None:
     from coterie.lm.catalog import CATALOG
-    from coterie.serve.vllm import become, build_command, find_python
+    from coterie.serve.vllm import become, build_command, find_python, on_cpu
 
     interpreter = find_python(python)
     if model in CATALOG:
@@ -177,6 +177,7 @@ def _become_vllm(
         port=port,
         max_loras=max_loras,
         adapters=adapters,
+        cpu=on_cpu(interpreter),
         extra=extra,
     )
     become(command, say=say)

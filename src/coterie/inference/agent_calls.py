@@ -11,7 +11,6 @@ the agent is shown. Settings that would sample from another distribution than th
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coterie.errors import ConfigError, EngineError
+from coterie.errors import ConfigError
 from coterie.inference.attempts import Attempts
 from coterie.inference.calls import CallSink, NoCalls
 from coterie.inference.fleet import Fleet
@@ -136,31 +135,23 @@ class AgentCalls:
             return reply
 
         shown = adapter.model_id if adapter is not None else "base"
-        records = Attempts(self._sink, self._tier, shown, adapter, 0, lambda: False)
-        while True:
-            try:
-                reply, queued_s = await fleet.pool.run(
-                    call,
-                    needs=name,
-                    prefix=zlib.crc32(str(wire.messages[0]).encode("utf-8", "replace")) if wire.messages else None,
-                    timeout_s=self._timeout_s,
-                    on_fault=records.failed,
-                    weight=float(wire.max_tokens),
-                )
-                break
-            except UnfitServerError as error:
-                records.unfit(error.server, error)
-                self._trust.refuse(asked_of[0], str(error))
-                if fleet.pool.healthy():
-                    continue
-                records.given_up(error)
-                raise
-            except EngineError as error:
-                records.given_up(error)
-                raise
-            except asyncio.CancelledError:
-                records.cancelled()
-                raise
+        with Attempts(self._sink, self._tier, shown, adapter, 0, lambda: False) as records:
+            while True:
+                try:
+                    reply, queued_s = await fleet.pool.run(
+                        call,
+                        needs=name,
+                        prefix=zlib.crc32(str(wire.messages[0]).encode("utf-8", "replace")) if wire.messages else None,
+                        timeout_s=self._timeout_s,
+                        on_fault=records.failed,
+                        weight=float(wire.max_tokens),
+                    )
+                    break
+                except UnfitServerError as error:
+                    records.unfit(error.server, error)
+                    self._trust.refuse(asked_of[0], str(error))
+                    if not fleet.pool.healthy():
+                        raise
         records.answered(reply, queued_s, reply.text)
         captured = CapturedCall(f"chatcmpl-{uuid.uuid4().hex}", wire, reply, adapter, queued_s)
         if self._on_call is not None:

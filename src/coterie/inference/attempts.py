@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Literal
 
 from coterie.errors import EngineError
@@ -16,7 +18,10 @@ _SHOWN = 200
 
 class Attempts:
     """Tells `calls` of every attempt of one call, each once: those another followed as "fallback", a last one that
-    failed as "fault", or as "fallback" too where the call goes on to another tier."""
+    failed as "fault", or as "fallback" too where the call goes on to another tier.
+
+    The call is made inside `with`: an `EngineError` that leaves it, or its being cancelled, is its end.
+    """
 
     def __init__(
         self,
@@ -55,14 +60,25 @@ class Attempts:
             )
         )  # fmt: skip
 
-    def given_up(self, error: EngineError) -> None:
+    def __enter__(self) -> Attempts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, EngineError):
+            self._given_up(error)
+        elif isinstance(error, asyncio.CancelledError):
+            self._cancelled()
+
+    def _given_up(self, error: EngineError) -> None:
         """No attempt answered, and this tier makes no other."""
         if self._pending is None:
             self._pending = ("", type(error).__name__, time.perf_counter() - self._started)
         refused = isinstance(error, ServerFault) and error.kind is FaultKind.REJECTED
         self._flush("fallback" if self._goes_on() and not refused else "fault")
 
-    def cancelled(self) -> None:
+    def _cancelled(self) -> None:
         """Who asked no longer wants the answer."""
         self._flush("fallback")
         self._pending = ("", "cancelled", time.perf_counter() - self._started)

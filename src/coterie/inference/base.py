@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from coterie.errors import RequestError
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Observation, Tier
 
 
@@ -34,6 +35,16 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def check_request(request: GenerateRequest) -> None:
+    """What no engine can serve. Raises `RequestError`."""
+    if not request.prompt_ids:
+        raise RequestError("prompt_ids is empty")
+    if request.max_tokens < 1:
+        raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
+    if request.distribution and request.choices is None:
+        raise RequestError("distribution=True needs choices")
 
 
 class ChatFormat(Protocol):

@@ -151,7 +151,8 @@ class Ladder(Generic[T]):
         """Answer one call. A tier that failed in it is not asked again in it.
 
         Raises:
-            EngineError: the request is refused, or no tier could answer; the message has each tier's reason.
+            RequestError: the request is refused; no other tier is asked.
+            EngineError: no tier could answer; the message has each tier's reason.
         """
         await self.start()
         self._watch()

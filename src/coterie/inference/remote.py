@@ -26,8 +26,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import EngineError, RequestError
+from coterie.errors import EngineError
 from coterie.inference.attempts import Attempts
+from coterie.inference.base import check_request
 from coterie.inference.calls import CallSink, NoCalls
 from coterie.inference.fleet import Fleet
 from coterie.inference.local.choices import TrieNode, build_trie
@@ -113,10 +114,7 @@ class RemoteEngine:
             EngineError: also when no server can answer (`NoServers`, `ServerFault`) or none can be trusted
                 (`TierFailedError`).
         """
-        if not request.prompt_ids:
-            raise RequestError("prompt_ids is empty")
-        if request.max_tokens < 1:
-            raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
+        check_request(request)
         self.fleet.name(request.adapter)
         born = time.perf_counter()
         try:
@@ -129,8 +127,6 @@ class RemoteEngine:
 
     async def _made(self, request: GenerateRequest) -> Generation:
         if request.choices is None:
-            if request.distribution:
-                raise RequestError("distribution=True needs choices")
             return await self._text(request)
         root = build_trie(request.choices, request.stop_ids[0] if request.stop_ids else None)
         return await (self._exact(request, root) if request.distribution else self._choice(request, root))
@@ -339,36 +335,34 @@ class RemoteEngine:
                 fleet.forget(server.name)
                 self._trust.forget(server.name)
 
-        while True:
-            try:
-                reply, queued = await fleet.pool.run(
-                    call,
-                    needs=name,
-                    prefix=hash(point.prompt_ids[:_PREFIX_TOKENS]),
-                    timeout_s=self._timeout_s,
-                    on_fault=failed,
-                    weight=float(max_tokens),
-                    patient=not self.goes_on(),
-                )
-            except UnfitServerError as error:
-                records.unfit(error.server, error)
-                # through a chat transport the fault may be the transport's, and the server serve other tiers well
-                if not self._chat:
-                    self._trust.refuse(asked_of[0], str(error))
-                    if fleet.pool.healthy():
-                        continue
-                records.given_up(error)
-                raise
-            except EngineError as error:
-                records.given_up(error)
-                if isinstance(error, NoServers) and fleet.refused:
-                    raise TierFailedError(f"{error} ({'; '.join(fleet.refused.values())})") from error
-                raise
-            except asyncio.CancelledError:
-                records.cancelled()
-                raise
-            records.answered(reply, queued, self._shown(point, reply))
-            return reply
+        try:
+            with records:
+                while True:
+                    try:
+                        reply, queued = await fleet.pool.run(
+                            call,
+                            needs=name,
+                            prefix=hash(point.prompt_ids[:_PREFIX_TOKENS]),
+                            timeout_s=self._timeout_s,
+                            on_fault=failed,
+                            weight=float(max_tokens),
+                            patient=not self.goes_on(),
+                        )
+                        break
+                    except UnfitServerError as error:
+                        records.unfit(error.server, error)
+                        # through a chat transport the fault may be the transport's, and the server serve others well
+                        if self._chat:
+                            raise
+                        self._trust.refuse(asked_of[0], str(error))
+                        if not fleet.pool.healthy():
+                            raise
+        except NoServers as error:
+            if fleet.refused:
+                raise TierFailedError(f"{error} ({'; '.join(fleet.refused.values())})") from error
+            raise
+        records.answered(reply, queued, self._shown(point, reply))
+        return reply
 
     def _prompt(self, point: _Point, request: GenerateRequest) -> dict[str, Any]:
         """The prompt as this transport sends it."""

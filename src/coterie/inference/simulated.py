@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from coterie.errors import RequestError
+from coterie.inference.base import check_request
 from coterie.inference.local.choices import TrieNode, build_trie
 from coterie.inference.sampling import uniform
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
@@ -52,15 +52,10 @@ class SimulatedEngine:
         Raises:
             RequestError: an empty prompt, max_tokens below 1, or `distribution` without choices.
         """
-        if not request.prompt_ids:
-            raise RequestError("prompt_ids is empty")
-        if request.max_tokens < 1:
-            raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
+        check_request(request)
         await asyncio.sleep(0)  # whoever asks in a loop lets others go on too, and can be cancelled
         self.requests_served += 1
         if request.choices is None:
-            if request.distribution:
-                raise RequestError("distribution=True needs choices")
             return self._free(request)
         stop = request.stop_ids[0] if request.stop_ids else None
         root = build_trie(request.choices, stop)

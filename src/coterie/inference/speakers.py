@@ -199,8 +199,8 @@ class RemoteSpeaker:
             if fault.kind in (FaultKind.CONNECTION, FaultKind.MISSING):
                 self._fleet.forget(server.name)
 
-        try:
-            reply: WireReply
+        reply: WireReply
+        with records:
             reply, queued_s = await self._fleet.pool.run(
                 call,
                 needs=ask.adapter,
@@ -210,12 +210,6 @@ class RemoteSpeaker:
                 weight=float(ask.max_tokens),
                 patient=not self._goes_on(),
             )
-        except EngineError as error:
-            records.given_up(error)
-            raise
-        except asyncio.CancelledError:
-            records.cancelled()
-            raise
         records.answered(reply, queued_s, reply.text)
         return reply
 

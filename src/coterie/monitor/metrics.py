@@ -153,20 +153,6 @@ def measure(
     return metrics, tuple(performances)
 
 
-def cooperation_score(episodes: Iterable[Episode], model_id: ModelId) -> float | None:
-    """How much the others' accuracy changed because of this model's advice, in [-1, 1].
-
-    Within each group (same task, same start) the mean accuracy of all other seats where the advice was delivered
-    minus where it was withheld; groups are averaged with weight min(n_delivered, n_withheld). Only episodes in which
-    the model's seat had an advice turn, or is among `episode.withheld`, count. Advice is withheld at random, so the
-    difference is causal (a stratified difference in means). None when either side is missing in every group.
-    """
-    worth: dict[tuple[ModelId | None, SeatId, str, bool], Sides] = {}
-    for episode in episodes:
-        _weigh_advice(episode, frozenset(), worth)
-    return _stratified(side for key, side in worth.items() if key[0] == model_id)
-
-
 def _count(episode: Episode, tallies: Mapping[ModelId, _Tally]) -> None:
     """Add one episode to the tallies of the models at its table."""
     rewards, outcome = episode.rewards, episode.outcome
@@ -254,6 +240,13 @@ def _weigh_advice(
 
 
 def _stratified(strata: Iterable[Sides]) -> float | None:
+    """How much the others' accuracy changed because of advice, in [-1, 1]; a model's strata give its cooperation score.
+
+    Within each group (same task, same start) the mean accuracy of all other seats where the advice was delivered
+    minus where it was withheld; groups are averaged with weight min(n_delivered, n_withheld). Only episodes in which
+    the speaker's seat had an advice turn, or is among `episode.withheld`, count. Advice is withheld at random, so the
+    difference is causal (a stratified difference in means). None when either side is missing in every group.
+    """
     difference = weights = 0.0
     for delivered, n_delivered, silenced, n_silenced in strata:
         weight = min(n_delivered, n_silenced)

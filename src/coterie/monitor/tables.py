@@ -7,7 +7,6 @@ markup and never with control characters.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +78,6 @@ class ResultTable:
         ]
         return "\n".join(lines)
 
-    def markdown(self) -> str:
-        """A GitHub-flavoured Markdown table, without the title."""
-        head, body = self._shown()
-        rule = ["---:" if to_right else "---" for to_right in self._numeric()]
-        escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in line] for line in (head, *body)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in (escaped[0], rule, *escaped[1:]))
-
     def rich(self) -> Table:
         """A `rich.table.Table`."""
         from rich.table import Table
@@ -100,12 +92,8 @@ class ResultTable:
         return table
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; `from_dict` turns them back."""
+        """JSON values."""
         return {"title": self.title, "columns": list(self.columns), "rows": [list(row) for row in self.rows]}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> ResultTable:
-        return ResultTable(data["title"], tuple(data["columns"]), tuple(tuple(row) for row in data["rows"]))
 
     def _shown(self) -> tuple[list[str], list[list[str]]]:
         return [clean(name, lines=False) for name in self.columns], [[show(cell) for cell in row] for row in self.rows]
@@ -130,9 +118,3 @@ def show(cell: Cell) -> str:
 def _pad(text: str, width: int, to_right: bool) -> str:
     gap = " " * (width - cell_len(text))
     return gap + text if to_right else text + gap
-
-
-def table_of(title: str, rows: Sequence[Mapping[str, Cell]]) -> ResultTable:
-    """A table from mappings; the columns are the keys, in order of first appearance."""
-    columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return ResultTable(title, columns, tuple(tuple(row.get(key) for key in columns) for row in rows))

