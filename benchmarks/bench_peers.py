@@ -91,6 +91,8 @@ class Peer:
                 self._process.wait(timeout=10)
         self._signal("SIGKILL")
         self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
