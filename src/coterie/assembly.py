@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from coterie.credit.base import Magnetised
 from coterie.errors import AdapterError
 from coterie.evaluation import Evaluator
 from coterie.inference.canary import Probe
@@ -108,6 +109,7 @@ def assemble(
     )
     runner = Runner(scenario, services)
     models = list(parts.models.values())
+    magnet = parts.credit.magnet if isinstance(parts.credit, Magnetised) else None
     tasks = TaskQueue(scenario, config.seed, start * config.rollout.tasks_per_update)
     for task in own_tasks:
         tasks.add(task)
@@ -117,7 +119,7 @@ def assemble(
         mode=parts.mode,
         credit=parts.credit,
         engine=engine,
-        learner=Learner(base, [m.config for m in models], config.learner, config.updates),
+        learner=Learner(base, [m.config for m in models], config.learner, config.updates, magnet),
         runner=runner,
         tasks=tasks,
         evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats),

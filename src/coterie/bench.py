@@ -190,9 +190,13 @@ class Meter:
 
         learner, adapters = self.environment.config.learner, self._ranked(work)
         flops = forward_flops(self.shape, work, adapters) + backward_flops(self.shape, work, adapters)
+        flops *= learner.passes
+        # anchors are computed once, whatever the passes
         if learner.kl_coefficient > 0:
             flops += forward_flops(self.shape, work, self._adapters)
-        return flops * learner.passes
+        if self.loop.learner.anchors.magnet.strength > 0:
+            flops += forward_flops(self.shape, work, adapters)
+        return flops
 
     def _ranked(self, work: Work) -> Adapters:
         from dataclasses import replace

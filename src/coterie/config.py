@@ -73,7 +73,7 @@ class CreditConfig(Section):
     """How rewards become advantages."""
 
     scheme: str = "auto"
-    """group_relative, moving_average, team_structured, "module:attr", or auto: what fits the mode."""
+    """group_relative, magnetic, moving_average, team_structured, "module:attr", or auto: what fits the mode."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The scheme's own settings, checked by the scheme."""
 

@@ -25,6 +25,9 @@ from coterie.training.batch import build_batch
 from coterie.training.learner import Learner, LearnerStats
 from coterie.types import Episode, FailedEpisode, Split, TrainingTask
 
+LEARNED = ("loss", "entropy", "kl", "magnet_kl", "mismatch", "max_ratio", "grad_norm", "learning_rate", "tokens")
+"""Fields of `StepStats` that are metrics."""
+
 Rollout = asyncio.Future[tuple[list[Episode], list[FailedEpisode]]]
 """The episodes of one update, being played."""
 
@@ -209,7 +212,7 @@ class TrainingLoop:
     ) -> UpdateRecord:
         metrics, performances = measure(number, episodes, failed, self.models)
         for model_id, s in stats.policies.items():
-            for stat in ("loss", "entropy", "kl", "mismatch", "max_ratio", "grad_norm", "learning_rate", "tokens"):
+            for stat in LEARNED:
                 metrics[f"learn/{model_id}/{stat}"] = float(getattr(s, stat))
         if self.calls is not None:
             metrics.update(self.calls())

@@ -298,6 +298,15 @@ SOCIETIES: dict[str, Mapping[str, Any]] = {
         "learner": {"loss": "clipped", "passes": 2, "kl_coefficient": 0.1},
         "evaluation": {"every": 2},
     },
+    "matrix, held by magnets": {
+        "scenario": {"id": "matrix", "options": {"game": "rock_paper_scissors", "rounds": 2}},
+        "mode": "competitive",
+        "models": PAIR,
+        "credit": {"scheme": "magnetic", "options": {"magnet": 0.1, "every": 1, "rate": 0.5, "proximal": 0.2}},
+        "rollout": {"tasks_per_update": 1, "group_size": 32},
+        "learner": {"passes": 2},
+        "evaluation": {"every": 1},
+    },
     "jsonl": {"scenario": {"id": "jsonl"}, "models": PAIR, "rollout": {"withhold": 0.0}},
 }
 

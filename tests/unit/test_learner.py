@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from coterie.config import LearnerConfig
+from coterie.credit.base import Magnet
+from coterie.errors import RunFolderError
 from coterie.lm.base import BaseModel
 from coterie.lm.tiny import FAMILIES, tiny_random
 from coterie.models import ModelConfig
@@ -93,7 +96,13 @@ def _peft(base: BaseModel, m: ModelConfig) -> PeftModel:
     return wrapped
 
 
-def _naive_loss(model: PeftModel, turn: Turn, advantage: float, config: LearnerConfig) -> torch.Tensor:
+Pull = tuple[float, PeftModel]
+"""(coefficient, what the policy is held near)."""
+
+
+def _naive_loss(
+    model: PeftModel, turn: Turn, advantage: float, config: LearnerConfig, pulls: Sequence[Pull] = ()
+) -> torch.Tensor:
     """One turn's loss, written straight from the formulas."""
     ids = torch.tensor([turn.prompt_ids + turn.token_ids])
     logits = model(ids).logits[0]
@@ -121,6 +130,13 @@ def _naive_loss(model: PeftModel, turn: Turn, advantage: float, config: LearnerC
                 base_row = base_row + torch.tensor([turn.bias.get(i, 0.0) for i in range(len(base_row))])
             reference = (base_row[list(allowed)] / turn.temperature).log_softmax(-1)
             value = value - config.kl_coefficient * (logp.exp() * (logp - reference)).sum()
+        for coefficient, other in pulls:
+            with torch.no_grad():
+                other_row = other(ids).logits[0, len(turn.prompt_ids) + j - 1]
+            if turn.bias:
+                other_row = other_row + torch.tensor([turn.bias.get(i, 0.0) for i in range(len(other_row))])
+            reference = (other_row[list(allowed)] / turn.temperature).log_softmax(-1)
+            value = value - coefficient * (logp.exp() * (logp - reference)).sum()
         total = total - value
     return total
 
@@ -147,17 +163,58 @@ def test_every_family_has_the_gradient_of_plain_peft(make_base: MakeBase, tmp_pa
     _equals_plain_peft(base, LearnerConfig())
 
 
+@pytest.mark.parametrize("tokens_per_pass", [1024, 32])
+def test_a_policy_is_pulled_to_its_own_magnet_and_to_itself_before_the_update(
+    tiny_base: BaseModel, tokens_per_pass: int
+) -> None:
+    _noisy(tiny_base)
+    config = LearnerConfig(passes=2, kl_coefficient=0.1, entropy_bonus=0.05, tokens_per_pass=tokens_per_pass)
+    learner = Learner(tiny_base, MODELS, config, 1, Magnet(strength=0.4, proximal=0.7, every=0, rate=1.0))
+    episodes, advantages = _episodes()
+    batch = build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=learner.keep_zero)
+    pulls: dict[str, list[Pull]] = {m.model_id: [(0.4, _peft(tiny_base, m))] for m in MODELS}
+    _wander(tiny_base, 1)
+    learner.backward(batch)
+    _has_gradient_of_plain_peft(tiny_base, config, episodes, advantages, pulls)
+    for m in MODELS:
+        pulls[m.model_id].append((0.7, _peft(tiny_base, m)))
+    _wander(tiny_base, 2)
+    learner.backward(batch, first=False)
+    _has_gradient_of_plain_peft(tiny_base, config, episodes, advantages, pulls)
+
+
+def _wander(base: BaseModel, seed: int) -> None:
+    """Move every policy, as a step would."""
+    generator = torch.Generator().manual_seed(seed)
+    for m in MODELS:
+        adapter = base.bank.training(m.model_id)
+        with torch.no_grad():
+            adapter.flat.add_(0.05 * torch.randn(adapter.flat.shape, generator=generator))
+        adapter.touch()
+
+
 def _equals_plain_peft(tiny_base: BaseModel, config: LearnerConfig) -> None:
     _noisy(tiny_base)
     learner = Learner(tiny_base, MODELS, config, 1)
     episodes, advantages = _episodes()
     batch = build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=learner.keep_zero)
     learner.backward(batch)
+    _has_gradient_of_plain_peft(tiny_base, config, episodes, advantages, {})
+
+
+def _has_gradient_of_plain_peft(
+    tiny_base: BaseModel,
+    config: LearnerConfig,
+    episodes: Sequence[Episode],
+    advantages: Advantages,
+    pulls: Mapping[str, Sequence[Pull]],
+) -> None:
     for m in MODELS:
         model = _peft(tiny_base, m)
         for e in episodes:
             (turn,) = e.trajectories[m.model_id].turns
-            loss = _naive_loss(model, turn, advantages.of(e.episode_id, m.model_id, 0), config) / len(episodes)
+            advantage = advantages.of(e.episode_id, m.model_id, 0)
+            loss = _naive_loss(model, turn, advantage, config, pulls.get(m.model_id, ())) / len(episodes)
             loss.backward()  # type: ignore[no-untyped-call]
         adapter = tiny_base.bank.training(m.model_id)
         assert adapter.grad is not None
@@ -297,6 +354,100 @@ def test_state_brings_back_weights_and_moments_bit_by_bit(make_base: MakeBase, t
     resumed.step(batch, 2)
     for i in ids:
         assert torch.equal(one.bank.training(i).flat, two.bank.training(i).flat)
+
+
+# -- magnets ------------------------------------------------------------------------------------------------------
+
+
+def _magnet(learner: Learner, model_id: str) -> torch.Tensor:
+    return learner.anchors.state()[f"{model_id}/magnet"]
+
+
+def test_a_magnet_follows_when_it_is_its_turn(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(), 4, Magnet(strength=0.1, proximal=0.0, every=2, rate=0.25))
+    episodes, advantages = _episodes()
+    batch = build_batch([m.model_id for m in MODELS], episodes, advantages, keep_zero=learner.keep_zero)
+    start = {m.model_id: tiny_base.bank.training(m.model_id).flat.clone() for m in MODELS}
+    learner.step(batch, 1)
+    assert all(torch.equal(_magnet(learner, i), start[i]) for i in start)
+    stats = learner.step(batch, 2)
+    for i, began in start.items():
+        now = tiny_base.bank.training(i).flat
+        assert not torch.equal(now, began)
+        torch.testing.assert_close(_magnet(learner, i), 0.75 * began + 0.25 * now)
+        assert stats.policies[i].magnet_kl > 0
+    learner.step(batch, 3)
+    assert stats.policies["low"].kl == 0
+
+
+def test_a_magnet_that_becomes_the_policy_is_the_policy_bit_by_bit(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(), 4, Magnet(strength=0.1, proximal=0.0, every=1, rate=1.0))
+    episodes, advantages = _episodes()
+    ids = [m.model_id for m in MODELS]
+    learner.step(build_batch(ids, episodes, advantages, keep_zero=True), 1)
+    for i in ids:
+        assert torch.equal(_magnet(learner, i), tiny_base.bank.training(i).flat)
+    nothing = Advantages({e: dict.fromkeys(seats, (0.0,)) for e, seats in advantages.values.items()})
+    stats = learner.step(build_batch(ids, episodes, nothing, keep_zero=learner.keep_zero), 2)
+    assert all(s.magnet_kl == pytest.approx(0.0, abs=1e-6) for s in stats.policies.values())
+
+
+def test_anchors_are_computed_once_for_all_passes_and_never_when_off(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _noisy(tiny_base)
+    passes: list[int] = []
+    whole = tiny_base.hidden
+
+    def counted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(len(ids))
+        return whole(ids, *rest)
+
+    monkeypatch.setattr(tiny_base, "hidden", counted)
+    episodes, advantages = _episodes()
+    ids = [m.model_id for m in MODELS]
+    batch = build_batch(ids, episodes, advantages, keep_zero=True)
+    Learner(tiny_base, MODELS, LearnerConfig(passes=3), 1).step(batch, 1)
+    assert passes == []
+    magnet = Magnet(strength=0.1, proximal=0.1, every=1, rate=1.0)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(passes=3, kl_coefficient=0.1), 1, magnet)
+    packed = learner.step(batch, 1).packed_tokens
+    assert passes == [packed // 3] * 2
+    learner.step(batch, 2)
+    assert passes == [packed // 3] * 4, "nothing of the update before is used again"
+
+
+def test_magnets_come_back_bit_by_bit_and_are_missed(make_base: MakeBase) -> None:
+    episodes, advantages = _episodes()
+    ids = [m.model_id for m in MODELS]
+    batch = build_batch(ids, episodes, advantages, keep_zero=True)
+    magnet = Magnet(strength=0.3, proximal=0.2, every=1, rate=0.5)
+    config = LearnerConfig(passes=2)
+    one, two = make_base(), make_base()
+    _noisy(one)
+    _noisy(two)
+    straight = Learner(one, MODELS, config, 3, magnet)
+    straight.step(batch, 1)
+    state = straight.state()
+    straight.step(batch, 2)
+    resumed = Learner(two, MODELS, config, 3, magnet)
+    resumed.restore(state)
+    resumed.step(batch, 2)
+    for i in ids:
+        assert torch.equal(one.bank.training(i).flat, two.bank.training(i).flat)
+        assert torch.equal(_magnet(straight, i), _magnet(resumed, i))
+    without = {name: tensor for name, tensor in state.items() if name != "middle/magnet"}
+    with pytest.raises(RunFolderError, match="no magnet of model 'middle'"):
+        resumed.restore(without)
+
+
+def test_a_model_that_leaves_takes_its_magnet_along(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(), 1, Magnet(strength=0.3, proximal=0.0, every=1, rate=1.0))
+    learner.remove("middle")
+    assert set(learner.anchors.state()) == {"low/magnet", "high/magnet"}
 
 
 def test_checkpointed_layers_keep_less_and_run_once_more(tiny_base: BaseModel) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,8 +32,31 @@ class Credit(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Magnet:
+    """What a scheme asks the learner to hold every policy near; weights are in units of an advantage per nat."""
+
+    strength: float
+    """Weight of KL(policy || magnet); the magnet is a copy that follows the policy."""
+    proximal: float
+    """Weight of KL(policy || policy before the update)."""
+    every: int
+    """Updates between moves of the magnet; 0: it never moves."""
+    rate: float
+    """Share of the way to the policy's weights that a move goes, in (0, 1]."""
+
+
+@runtime_checkable
+class Magnetised(Protocol):
+    """A scheme whose learner holds every policy near a magnet."""
+
+    @property
+    def magnet(self) -> Magnet: ...
+
+
 SCHEMES = {
     "group_relative": "coterie.credit.group_relative:GroupRelative",
+    "magnetic": "coterie.credit.magnetic:Magnetic",
     "moving_average": "coterie.credit.moving_average:MovingAverage",
     "team_structured": "coterie.credit.team_structured:TeamStructured",
 }

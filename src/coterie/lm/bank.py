@@ -211,12 +211,16 @@ class AdapterBank:
     def keep(self, version: AdapterVersion) -> None:
         """Freeze a copy of a model's current weights under `version`, so that it can still be asked while the learner
         changes them."""
-        source = self._training[version.model_id]
-        copy = self.empty(source.rank, source.alpha)
+        self.freeze(version, self.copy(version.model_id))
+
+    def copy(self, model_id: ModelId) -> Adapter:
+        """A frozen adapter with a model's current weights; it is the caller's, and goes by no version."""
+        source = self._training[model_id]
+        made = self.empty(source.rank, source.alpha)
         with torch.no_grad():
-            copy.flat.copy_(source.flat)
-        copy.touch()
-        self.freeze(version, copy)
+            made.flat.copy_(source.flat)
+        made.touch()
+        return made
 
     def kept(self, model_id: ModelId) -> tuple[AdapterVersion, ...]:
         """Frozen versions of one model, oldest first."""

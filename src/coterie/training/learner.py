@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import LearnerConfig
+from coterie.credit.base import Magnet
 from coterie.inference.local.sampler import scaled_logprobs
 from coterie.lm.base import BaseModel
 from coterie.lm.forest import Forest, pack, split
 from coterie.models import ModelConfig
+from coterie.training.anchors import Anchor, Anchors
 from coterie.training.batch import Batch, HeadKey, Term
 from coterie.training.loss import columns, divergence, entropy, surrogate
 from coterie.types import ModelId
@@ -32,7 +34,9 @@ class StepStats:
     entropy: float = 0.0
     """nats"""
     kl: float = 0.0
-    """nats; 0 when kl_coefficient is 0"""
+    """From the base, nats; 0 when kl_coefficient is 0."""
+    magnet_kl: float = 0.0
+    """From its magnet, nats; 0 when it has none."""
     mismatch: float = 0.0
     """Mean absolute difference of learner and engine log-probabilities before the step, nats."""
     max_ratio: float = 1.0
@@ -57,11 +61,23 @@ class LearnerStats:
 class Learner:
     """Updates the adapters of `models` in the bank of `base`."""
 
-    def __init__(self, base: BaseModel, models: Sequence[ModelConfig], config: LearnerConfig, updates: int) -> None:
-        """`updates`: planned length of the run, for the learning rate's schedule."""
+    def __init__(
+        self,
+        base: BaseModel,
+        models: Sequence[ModelConfig],
+        config: LearnerConfig,
+        updates: int,
+        magnet: Magnet | None = None,
+    ) -> None:
+        """
+        Args:
+            updates: planned length of the run, for the learning rate's schedule.
+            magnet: what credit wants policies held near, besides what the config says.
+        """
         self.base = base
         self.config = config
         self.updates = updates
+        self.anchors = Anchors(base, config.kl_coefficient, magnet, passes=config.passes)
         self.models = {m.model_id: m for m in models}
         self._optimizers: dict[ModelId, torch.optim.AdamW] = {}
         for m in models:
@@ -76,14 +92,16 @@ class Learner:
         self._optimizers[model.model_id] = torch.optim.AdamW(
             [flat], lr=model.learning_rate, betas=self.config.betas, weight_decay=self.config.weight_decay
         )
+        self.anchors.add(model.model_id)
 
     def remove(self, model_id: ModelId) -> None:
         del self._optimizers[model_id], self.models[model_id]
+        self.anchors.remove(model_id)
 
     @property
     def keep_zero(self) -> bool:
         """Whether tokens without advantage still matter to the loss."""
-        return self.config.entropy_bonus > 0 or self.config.kl_coefficient > 0
+        return self.config.entropy_bonus > 0 or bool(self.anchors)
 
     def step(self, batch: Batch, update: int) -> LearnerStats:
         """One update (of `config.passes` optimizer steps) of every policy that has terms; `update` counts from 1."""
@@ -93,6 +111,8 @@ class Learner:
             self.backward(batch, stats, first=number == 0)
             for model_id in batch.policies:
                 self._update(model_id, stats.policies[model_id], update)
+        self.anchors.begin()
+        self.anchors.move(update)
         return stats
 
     # -- gradients ----------------------------------------------------------------------------------------------
@@ -104,25 +124,28 @@ class Learner:
             grad = self.base.bank.training(model_id).grad
             assert grad is not None
             grad.zero_()
+        if first:
+            self.anchors.begin()
         if not batch.terms:
             return
         by_sequence: dict[int, list[tuple[HeadKey, Term]]] = {}
         for head, terms in batch.terms.items():
             for term in terms:
                 by_sequence.setdefault(term.sequence, []).append((head, term))
-        for chosen in split(batch.sequences, self.config.tokens_per_pass):
+        for part, chosen in enumerate(split(batch.sequences, self.config.tokens_per_pass)):
             forest = pack([batch.sequences[i] for i in chosen])
             heads: dict[HeadKey, list[tuple[int, int, Term]]] = {}
             for local, i in enumerate(chosen):
                 policy = batch.sequences[i][0]
                 for head, term in by_sequence.get(i, ()):
                     heads.setdefault(head, []).append((int(forest.paths[local][term.position]), policy, term))
-            self._pass(batch, forest, heads, stats, first)
+            self._pass(batch, part, forest, heads, stats, first)
             stats.packed_tokens += forest.size
 
     def _pass(
         self,
         batch: Batch,
+        part: int,
         forest: Forest,
         heads: Mapping[HeadKey, list[tuple[int, int, Term]]],
         stats: LearnerStats,
@@ -132,16 +155,16 @@ class Learner:
         ids = torch.from_numpy(forest.token_ids).to(device)
         positions = torch.from_numpy(forest.positions).to(device)
         plan = forest.plan()
-        segments = [(base.bank.training(batch.policies[p]), start, end) for p, start, end in forest.segments]
-        reference: Tensor | None = None
-        if self.config.kl_coefficient > 0:
-            with torch.no_grad():
-                reference = base.hidden(ids, positions, plan, [])
+        owned = [(batch.policies[p], start, end) for p, start, end in forest.segments]
+        segments = [(base.bank.training(model_id), start, end) for model_id, start, end in owned]
+        anchors = self.anchors.of(part, ids, positions, plan, owned)
         scale = torch.tensor([1.0 / max(1, n) for n in batch.turns], device=device)
         with base.trained(ids, positions, plan, segments, checkpoint=self.config.gradient_checkpointing) as hidden:
+            if first:
+                self.anchors.passed(part, hidden)
             losses = []
             for head, entries in heads.items():
-                losses.append(self._head_loss(head, entries, hidden, reference, scale, batch, stats, first))
+                losses.append(self._head_loss(head, entries, hidden, anchors, scale, batch, stats, first))
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     def _head_loss(
@@ -149,7 +172,7 @@ class Learner:
         head: HeadKey,
         entries: list[tuple[int, int, Term]],
         hidden: Tensor,
-        reference: Tensor | None,
+        anchors: Sequence[Anchor],
         scale: Tensor,
         batch: Batch,
         stats: LearnerStats,
@@ -175,13 +198,13 @@ class Learner:
         spread = entropy(logprobs)[at]
         if config.entropy_bonus > 0:
             value = value + config.entropy_bonus * spread * terms.count * weight
-        distance = torch.zeros_like(spread)
-        if reference is not None:
-            base = self._logprobs(head, reference.index_select(0, rows))
-            distance = divergence(logprobs, base)[at]
-            value = value - config.kl_coefficient * distance * terms.count * weight
+        figures = {"entropy": spread, "mismatch": (logprob - terms.old_logprob).abs()}
+        for anchor in anchors:
+            distance = divergence(logprobs, self._logprobs(head, anchor.hidden.index_select(0, rows)))[at]
+            value = value - anchor.coefficient * distance * terms.count * weight
+            figures[anchor.distance] = distance
         if first:
-            _tally(stats, batch, policy, value, spread, distance, logprob, terms.old_logprob, terms.count)
+            _tally(stats, batch, policy, value, figures, logprob - terms.old_logprob, terms.count)
         return -value.sum()
 
     def _logprobs(self, head: HeadKey, hidden: Tensor) -> Tensor:
@@ -229,8 +252,8 @@ class Learner:
     # -- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Adapters and optimizer moments by name, for a checkpoint."""
-        out: dict[str, Tensor] = {}
+        """Adapters, magnets and optimizer moments by name, for a checkpoint."""
+        out = self.anchors.state()
         for model_id, optimizer in self._optimizers.items():
             out[f"{model_id}/weights"] = self.base.bank.training(model_id).flat.detach().cpu().clone()
             (moments,) = list(optimizer.state.values()) or [{}]
@@ -240,7 +263,11 @@ class Learner:
         return out
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a `state()`; adapters must have the same shapes."""
+        """Go back to a `state()`; adapters must have the same shapes.
+
+        Raises `RunFolderError` when a magnet is wanted that is not in it.
+        """
+        self.anchors.restore(state)
         for model_id, optimizer in self._optimizers.items():
             adapter = self.base.bank.training(model_id)
             with torch.no_grad():
@@ -262,13 +289,11 @@ def _tally(
     batch: Batch,
     policy: Tensor,
     value: Tensor,
-    spread: Tensor,
-    distance: Tensor,
-    logprob: Tensor,
-    old: Tensor,
+    figures: Mapping[str, Tensor],
+    log_ratio: Tensor,
     count: Tensor,
 ) -> None:
-    """Add one head's terms to the running means of their policies."""
+    """Add one head's terms to the running means of their policies; `figures` are fields of `StepStats`."""
     for number, model_id in enumerate(batch.policies):
         mine = policy == number
         n = float(count[mine].sum())
@@ -276,10 +301,9 @@ def _tally(
             continue
         s = stats.policies[model_id]
         share = n / (s.tokens + n)
-        gap = (logprob - old)[mine]
-        for name, column in (("entropy", spread[mine]), ("kl", distance[mine]), ("mismatch", gap.abs())):
-            mean = float((column * count[mine]).sum()) / n
+        for name, column in figures.items():
+            mean = float((column[mine] * count[mine]).sum()) / n
             setattr(s, name, getattr(s, name) + share * (mean - getattr(s, name)))
-        s.max_ratio = max(s.max_ratio, float(gap.max().exp()))
+        s.max_ratio = max(s.max_ratio, float(log_ratio[mine].max().exp()))
         s.loss -= float(value[mine].sum())
         s.tokens += int(n)

@@ -2,11 +2,11 @@
 
 For policy p with N_p turns in the update, over sampled tokens t with advantage A_t,
 
-    L_p = -(1 / N_p) * sum_t [ surrogate(t) + entropy_bonus * H_t - kl_coefficient * KL_t ]
+    L_p = -(1 / N_p) * sum_t [ surrogate(t) + entropy_bonus * H_t - sum_a coefficient_a * KL_ta ]
 
 Dividing by the number of turns, not by their length, leaves no length bias (Dr. GRPO, Liu et al. 2025). H is the exact
-entropy of the sampling policy at t, KL the exact divergence from it to the base's under the same mask, bias and
-temperature. The surrogate is
+entropy of the sampling policy at t, KL the exact divergence from it to an anchor a (the base, a magnet, the policy
+before the update: `coterie.training.anchors`) under the same mask, bias and temperature. The surrogate is
 
     policy_gradient   A_t * exp(logp - stop_gradient(logp)) * min(ratio_cap, w_t)         Williams 1992
     clipped           min(r A_t, clip(r, 1 - clip_low, 1 + clip_high) A_t)        Schulman et al. 2017
@@ -53,9 +53,9 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def divergence(logprobs: Tensor, base: Tensor) -> Tensor:
-    """KL(policy || base) in nats of rows of log-probabilities (n, tokens) -> (n,)."""
-    return (logprobs.exp() * (logprobs - base)).sum(-1)
+def divergence(logprobs: Tensor, anchor: Tensor) -> Tensor:
+    """KL(policy || anchor) in nats of rows of log-probabilities (n, tokens) -> (n,)."""
+    return (logprobs.exp() * (logprobs - anchor)).sum(-1)
 
 
 def columns(terms: list[tuple[float, float, float, int]], device: torch.device) -> TermTensors:
