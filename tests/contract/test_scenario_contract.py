@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("matrix", {"game": "prisoners_dilemma", "rounds": 5, "memory": 2}),
     ("matrix", {"game": "stag_hunt", "rounds": 3, "memory": 0}),
     ("matrix", {"game": "matching_pennies", "cooperation_level": 1.0}),
+    ("matrix", {"game": "rock_paper_scissors", "rounds": 2}),
     ("matrix", {"game": "coordination", "rounds": 2, "labels": ["left", "right"]}),
     ("matrix", {"payoffs": [[[0, 1], [2, -3], [4, 4]], [[1, 1], [0.5, 0], [-1, 2]]], "rounds": 2}),
     ("jsonl", {"path": ROWS}),

@@ -69,6 +69,21 @@ def test_matching_pennies_is_zero_sum_and_has_no_efficiency() -> None:
         assert "cooperation" not in outcome.metrics
 
 
+def test_each_action_of_rock_paper_scissors_beats_one_and_loses_to_one() -> None:
+    rps = GAMES["rock_paper_scissors"]
+    paper_wraps_rock, scissors_cut_paper, rock_blunts_scissors = (1, 0), (2, 1), (0, 2)
+    wins = {pair for pair in rps.joint_actions if rps.payoffs[pair[0]][pair[1]] == (1, -1)}
+    assert wins == {paper_wraps_rock, scissors_cut_paper, rock_blunts_scissors}
+    assert all(rps.payoffs[i][i] == (0, 0) and sum(rps.payoffs[i][j]) == 0 for i, j in rps.joint_actions)
+    third = {(): (1 / 3, 1 / 3, 1 / 3)}
+    assert nash_conv(rps, third, third, 1, 0) == pytest.approx(0.0, abs=1e-12)
+    # too few papers: rock gains 0.2 on either side
+    rocky = {(): (0.4, 0.2, 0.4)}
+    assert nash_conv(rps, rocky, rocky, 1, 0) == pytest.approx(0.4)
+    outcome, _ = moves(["green"], ["blue"], game("rock_paper_scissors"))
+    assert outcome.scores == {"row": 1.0, "column": 0.0}
+
+
 def test_repeated_play_averages_and_remembers() -> None:
     scenario = game(rounds=4, memory=2)
     outcome, table = moves([C, C, D, D], [C, D, D, C], scenario)
@@ -123,7 +138,10 @@ def test_each_seat_sees_its_own_points_first() -> None:
 
 def test_seats_are_marked_alike_in_symmetric_games_only() -> None:
     alike = {name: game(name).seats(first_task(game(name)))[1].symmetric_with for name in NAMES}
-    assert alike == {"prisoners_dilemma": "row", "stag_hunt": "row", "coordination": "row", "matching_pennies": None}
+    assert alike == {
+        "prisoners_dilemma": "row", "stag_hunt": "row", "coordination": "row", "rock_paper_scissors": "row",
+        "matching_pennies": None,
+    }  # fmt: skip
 
 
 def test_tasks() -> None:

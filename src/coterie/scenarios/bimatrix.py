@@ -84,6 +84,12 @@ GAMES: Final[Mapping[str, Bimatrix]] = {
         Bimatrix("stag_hunt", ("stag", "hare"), (((4, 4), (0, 3)), ((3, 0), (3, 3))), cooperative=0),
         # Zero-sum: row wants to match, column not to. The one equilibrium is half and half.
         Bimatrix("matching_pennies", ("heads", "tails"), (((1, -1), (-1, 1)), ((-1, 1), (1, -1)))),
+        # Zero-sum and symmetric: each action beats one other and loses to the third. In equilibrium each has a third.
+        Bimatrix(
+            "rock_paper_scissors",
+            ("rock", "paper", "scissors"),
+            (((0, 0), (-1, 1), (1, -1)), ((1, -1), (0, 0), (-1, 1)), ((-1, 1), (1, -1), (0, 0))),
+        ),
         # Pure coordination (Schelling, 1960): either convention will do.
         Bimatrix("coordination", ("first", "second"), (((1, 1), (0, 0)), ((0, 0), (1, 1)))),
     )

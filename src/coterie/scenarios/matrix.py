@@ -65,7 +65,9 @@ _PROMPTS: Final = {
 class MatrixOptions(ScenarioOptions):
     """Settings of a matrix game."""
 
-    game: Literal["prisoners_dilemma", "stag_hunt", "matching_pennies", "coordination"] | None = None
+    game: (
+        Literal["prisoners_dilemma", "stag_hunt", "matching_pennies", "rock_paper_scissors", "coordination"] | None
+    ) = None
     """A game by name; None: the prisoner's dilemma, unless `payoffs` are given."""
     payoffs: tuple[tuple[tuple[float, float], ...], ...] | None = None
     """Your own game: payoffs[i][j] = [row's, column's] when row takes its action i and column its action j."""
