@@ -128,6 +128,7 @@ SCENARIOS = {
     "matrix": "coterie.scenarios.matrix:Matrix",
     "kuhn": "coterie.scenarios.poker:Kuhn",
     "leduc": "coterie.scenarios.poker:Leduc",
+    "tictactoe": "coterie.scenarios.tictactoe:TicTacToe",
 }
 
 
