@@ -28,6 +28,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("matrix", {"game": "rock_paper_scissors", "rounds": 2}),
     ("matrix", {"game": "coordination", "rounds": 2, "labels": ["left", "right"]}),
     ("matrix", {"payoffs": [[[0, 1], [2, -3], [4, 4]], [[1, 1], [0.5, 0], [-1, 2]]], "rounds": 2}),
+    ("kuhn", {}),
+    ("leduc", {"reward_pool": 2.0}),
+    ("tictactoe", {}),
+    ("tictactoe", {"opponents": ["random", "model"], "view": "lines", "symmetry": False, "exact_floor": 0.001}),
     ("jsonl", {"path": ROWS}),
     ("jsonl", {"path": ROWS, "scorer": "contains", "required_models": 3, "cooperation_level": 0.9}),
 ]

@@ -126,6 +126,9 @@ SCENARIOS = {
     "jsonl": "coterie.scenarios.jsonl:JsonLines",
     "signaling": "coterie.scenarios.signaling:Signaling",
     "matrix": "coterie.scenarios.matrix:Matrix",
+    "kuhn": "coterie.scenarios.poker:Kuhn",
+    "leduc": "coterie.scenarios.poker:Leduc",
+    "tictactoe": "coterie.scenarios.tictactoe:TicTacToe",
 }
 
 
