@@ -23,10 +23,14 @@ The baseline is that of the position, not of the seat: what a seat was dealt is 
 episodes of a small game each prompt is computed once. Turns nobody else shares a prompt with are compared with the
 siblings at their seat.
 
-When it fails: with a strong magnet policies stay near where they began, with none they cycle; in games of common
-interest the pull only slows learning. `signal = "reward"` takes the game the mode makes of the scenario: competitive
-pays by rank, and poker played for rank has other equilibria than poker played for chips; `signal = "score"` takes the
-scenario's own payoffs. `proximal` acts from the second pass of an update on (`learner.passes`).
+When it fails: momentum carries a policy past the point where it should turn, and no magnet mends that; set
+`learner.betas = [0.0, 0.95]`, a low learning rate that falls (`learner.final_learning_rate`), or several passes with
+`proximal`, which acts from the second pass of an update on (`learner.passes`). A magnet that becomes the policy at once
+(`rate = 1`) remembers the noise of one update; going a part of the way averages over many. With a strong magnet
+policies stay near where they began, with none they cycle; in games of common interest the pull only slows learning.
+
+`signal = "reward"` takes the game the mode makes of the scenario: competitive pays by rank, and poker played for rank
+has other equilibria than poker played for chips; `signal = "score"` takes the scenario's own payoffs.
 """
 
 from __future__ import annotations
@@ -53,11 +57,11 @@ class MagneticOptions(RelativeOptions):
     0."""
     signal: Literal["reward", "score"] = "reward"
     """What is earned: the reward the mode gives, or the scenario's own score in [0, 1], whatever the mode."""
-    magnet: float = Field(default=0.05, ge=0, allow_inf_nan=False)
+    magnet: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight of KL(policy || magnet), in units of the signal per nat."""
-    every: int = Field(default=20, ge=0)
+    every: int = Field(default=10, ge=0)
     """Updates between moves of the magnet; 0: it stays where it began."""
-    rate: float = Field(default=1.0, gt=0, le=1)
+    rate: float = Field(default=0.3, gt=0, le=1)
     """Share of the way from the magnet's weights to the policy's that a move goes; 1: the magnet becomes the policy."""
     proximal: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of KL(policy || policy before the update), in units of the signal per nat; acts from the second of
