@@ -126,6 +126,11 @@ SCENARIOS = {
     "jsonl": "coterie.scenarios.jsonl:JsonLines",
     "signaling": "coterie.scenarios.signaling:Signaling",
     "matrix": "coterie.scenarios.matrix:Matrix",
+    "textarena": "coterie.scenarios.adapters.textarena:TextArena",
+    "pettingzoo": "coterie.scenarios.adapters.pettingzoo:PettingZoo",
+    "openspiel": "coterie.scenarios.adapters.openspiel:OpenSpiel",
+    "reasoning_gym": "coterie.scenarios.adapters.reasoning_gym:ReasoningGym",
+    "datasets": "coterie.scenarios.adapters.datasets:Datasets",
 }
 
 
