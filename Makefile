@@ -14,6 +14,8 @@ PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# The extra `games`: it could share the environment, but needs a C compiler and 150 MB of packages nothing else uses.
+GAMES_VENV ?= .venv-games
 # What cannot share an environment with Coterie or with each other: vLLM, and two releases of CAMEL.
 VLLM_VENV ?= .venv-vllm
 CAMEL_VENV ?= .venv-camel
@@ -22,13 +24,14 @@ CAMEL_NEWEST_VENV ?= .venv-camel-newest
 PYTHON_EXTERNAL ?= python3.12 python3.11
 EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
 
-.PHONY: help train test test-external lint format model setup clean
+.PHONY: help train test test-games test-external lint format model setup clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-games     install other people's environments beside, and train on each (minutes)"
 	@echo "make test-external  install a real vLLM and CAMEL beside, and test against them (some 3 GB, 20 minutes)"
 	@echo "make lint    ruff, mypy and the import direction"
 	@echo "make format  let ruff format and fix what it can"
@@ -42,6 +45,9 @@ train: model
 
 test: setup
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-games: $(GAMES_VENV)/.ready
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(GAMES_VENV)/bin/python -m pytest tests/games $(ARGS)
 
 # Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it.
 test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready
@@ -67,13 +73,13 @@ model: $(VENV)/.installed
 	@$(BIN)/coterie models pull $(MODEL)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(CAMEL_VENV) $(CAMEL_NEWEST_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(GAMES_VENV) $(VLLM_VENV) $(CAMEL_VENV) $(CAMEL_NEWEST_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Set-up, one stamp a step, so that a step runs again only when what it depends on changed.
 
-$(VENV)/.created: PYTHONS = $(PYTHON)
-$(VENV)/.created: FITS = sys.version_info >= (3, 11)
-$(VENV)/.created: NEEDS = Coterie needs Python 3.11 or newer
+$(VENV)/.created $(GAMES_VENV)/.created: PYTHONS = $(PYTHON)
+$(VENV)/.created $(GAMES_VENV)/.created: FITS = sys.version_info >= (3, 11)
+$(VENV)/.created $(GAMES_VENV)/.created: NEEDS = Coterie needs Python 3.11 or newer
 $(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: PYTHONS = $(PYTHON_EXTERNAL) $(PYTHON)
 $(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: FITS = (3, 11) <= sys.version_info < (3, 13)
 $(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: NEEDS = The external tests need Python 3.11 or 3.12
@@ -107,6 +113,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.installed
 	@echo "==> development tools (about a minute)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# The environment of tests/games, with the same versions.
+$(GAMES_VENV)/.ready: pyproject.toml constraints.txt | $(GAMES_VENV)/.created
+	@echo "==> Coterie with other people's environments in $(@D) (minutes)"
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[games]' pytest
 	@touch $@
 
 # The environments of the external tests. torch first and alone, as above.

@@ -129,6 +129,11 @@ SCENARIOS = {
     "kuhn": "coterie.scenarios.poker:Kuhn",
     "leduc": "coterie.scenarios.poker:Leduc",
     "tictactoe": "coterie.scenarios.tictactoe:TicTacToe",
+    "textarena": "coterie.scenarios.adapters.textarena:TextArena",
+    "pettingzoo": "coterie.scenarios.adapters.pettingzoo:PettingZoo",
+    "openspiel": "coterie.scenarios.adapters.openspiel:OpenSpiel",
+    "reasoning_gym": "coterie.scenarios.adapters.reasoning_gym:ReasoningGym",
+    "datasets": "coterie.scenarios.adapters.datasets:Datasets",
 }
 
 

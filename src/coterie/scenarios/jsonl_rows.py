@@ -110,13 +110,13 @@ class Row(Question):
 class Located:
     """A good row and where it stands."""
 
-    path: Path
+    source: Path | str
     line: int
     row: Row
 
     @property
     def place(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.source}:{self.line}"
 
 
 class Problems:

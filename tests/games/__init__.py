@@ -1,0 +1,1 @@
+"""Other people's environments as scenarios; every test here needs the packages of the extra `games`."""
