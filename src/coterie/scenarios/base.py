@@ -126,6 +126,7 @@ SCENARIOS = {
     "jsonl": "coterie.scenarios.jsonl:JsonLines",
     "signaling": "coterie.scenarios.signaling:Signaling",
     "matrix": "coterie.scenarios.matrix:Matrix",
+    "oasis": "coterie.scenarios.adapters.oasis:Oasis",
 }
 
 

@@ -1,0 +1,1 @@
+"""Environments that others made, as scenarios."""
