@@ -20,11 +20,14 @@ GAMES_VENV ?= .venv-games
 VLLM_VENV ?= .venv-vllm
 CAMEL_VENV ?= .venv-camel
 CAMEL_NEWEST_VENV ?= .venv-camel-newest
+# What camel-oasis asks for cannot be had beside transformers 5; it works with newer versions, so it is installed
+# without its dependencies. It needs Python 3.11 or older.
+OASIS_VENV ?= .venv-oasis
 # camel-ai 0.2.78 needs Python 3.12 or older.
 PYTHON_EXTERNAL ?= python3.12 python3.11
 EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
 
-.PHONY: help train test test-games test-external lint format model setup clean
+.PHONY: help train test test-games test-external oasis lint format model setup clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -33,6 +36,7 @@ help:
 	@echo "make test    set up, then run the tests"
 	@echo "make test-games     install other people's environments beside, and train on each (minutes)"
 	@echo "make test-external  install a real vLLM and CAMEL beside, and test against them (some 3 GB, 20 minutes)"
+	@echo "make oasis   Coterie with OASIS, for the scenario oasis, in $(OASIS_VENV)"
 	@echo "make lint    ruff, mypy and the import direction"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make model   fetch the embedded base model"
@@ -50,9 +54,13 @@ test-games: $(GAMES_VENV)/.ready
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(GAMES_VENV)/bin/python -m pytest tests/games $(ARGS)
 
 # Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it.
-test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready
-	$(EXTERNAL) $(CAMEL_VENV)/bin/python -m pytest tests/external $(ARGS)
+test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready $(OASIS_VENV)/.ready
+	$(EXTERNAL) $(CAMEL_VENV)/bin/python -m pytest tests/external -m "not oasis" $(ARGS)
+	$(EXTERNAL) $(OASIS_VENV)/bin/python -m pytest tests/external tests/unit/test_configs.py -m oasis $(ARGS)
 	$(EXTERNAL) $(CAMEL_NEWEST_VENV)/bin/python -m pytest tests/external -m "camel or openai" $(ARGS)
+
+oasis: model $(OASIS_VENV)/.ready
+	@echo "$(OASIS_VENV)/bin/coterie train configs/oasis_campaign.toml"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -73,7 +81,8 @@ model: $(VENV)/.installed
 	@$(BIN)/coterie models pull $(MODEL)
 
 clean:
-	rm -rf $(VENV) $(GAMES_VENV) $(VLLM_VENV) $(CAMEL_VENV) $(CAMEL_NEWEST_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(GAMES_VENV) $(VLLM_VENV) $(CAMEL_VENV) $(CAMEL_NEWEST_VENV) $(OASIS_VENV)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Set-up, one stamp a step, so that a step runs again only when what it depends on changed.
 
@@ -83,6 +92,9 @@ $(VENV)/.created $(GAMES_VENV)/.created: NEEDS = Coterie needs Python 3.11 or ne
 $(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: PYTHONS = $(PYTHON_EXTERNAL) $(PYTHON)
 $(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: FITS = (3, 11) <= sys.version_info < (3, 13)
 $(VLLM_VENV)/.created $(CAMEL_VENV)/.created $(CAMEL_NEWEST_VENV)/.created: NEEDS = The external tests need Python 3.11 or 3.12
+$(OASIS_VENV)/.created: PYTHONS = python3.11 $(PYTHON)
+$(OASIS_VENV)/.created: FITS = sys.version_info[:2] == (3, 11)
+$(OASIS_VENV)/.created: NEEDS = OASIS needs Python 3.11
 
 .PRECIOUS: %/.created
 %/.created:
@@ -138,4 +150,11 @@ $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: pyproject.toml | %/.
 	@echo "==> Coterie with CAMEL in $(@D), versions of $(CONSTRAINTS) (minutes)"
 	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) torch
 	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[camel]' pytest
+	@touch $@
+
+$(OASIS_VENV)/.ready: constraints-oasis.txt constraints-camel.txt pyproject.toml | $(OASIS_VENV)/.created
+	@echo "==> Coterie with OASIS in $(@D) (minutes)"
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-oasis.txt torch
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-oasis.txt -e '.[oasis]' pytest
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps camel-oasis==0.2.5
 	@touch $@

@@ -1,4 +1,4 @@
-"""Two CAMEL agents talk through vLLM servers, every token they say captured for training; with less, what there is.
+"""CAMEL agents talk, and act on an OASIS platform, through vLLM servers, every token captured for training.
 
     coterie serve &                                            a server on http://127.0.0.1:8000, or start vLLM
     python demo/camel_oasis_vllm_example.py                    uses it; looks there by default
@@ -10,6 +10,12 @@ It runs as it is, whatever is missing, and says what it fell back to:
     a server, no CAMEL     the same talk over plain HTTP
     no server              the engine inside this process, if the base model is on disk
     nothing at all         simulated answers, marked as such; nothing is ever trained on those
+
+Then a small OASIS campaign, where OASIS is installed (`make oasis`, then .venv-oasis/bin/python demo/…):
+
+    OASIS and a server     OASIS' own agents act by tool calls, which are captured
+    OASIS, no server       the same users are seats of a training run on the engine inside this process
+    OASIS, no base model   choices drawn at random, said to be so
 """
 
 from __future__ import annotations
@@ -18,16 +24,25 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from coterie import CoterieError, VLLMClient
+from coterie import CoterieError, MultiModelEnvironment, RunConfig, VLLMClient
+from coterie.config import parse_config
+from coterie.errors import BaseModelError
 from coterie.inference.http import HttpControl
 from coterie.inference.wire import server_spec
+from coterie.lm.embedded import resolve_base
 from coterie.monitor.tables import ResultTable, clean
+from coterie.scenarios.base import build_scenario
+from coterie.scenarios.oasis.loading import require
+from coterie.scenarios.practice import PracticeTable
+from coterie.types import Split
 
+CAMPAIGN = {"groups": [{"name": "red", "agents": 2}, {"name": "blue", "agents": 2}], "rounds": 3}
+"""Two camps of two on a social platform; each wants its posts to be seen."""
 TASK = "Plan a picnic for three people in one sentence."
 PERSONAS = {
     "planner": "You plan things. Answer in one short sentence.",
@@ -166,6 +181,98 @@ async def with_client(asked: argparse.Namespace, urls: list[str]) -> None:
         print(f"\n{what_was_captured(speakers)}")
 
 
+def what_happened(metrics: Mapping[str, float]) -> str:
+    """A row for each camp."""
+    columns = ("camp", "posts", "reach of a post", "share of what was shown", "likes of a post")
+    rows = [
+        (camp, *(f"{metrics[f'{camp}_{what}']:.2f}" for what in ("posts", "reach", "views", "likes")))
+        for camp in ("red", "blue")
+    ]
+    calls = (
+        f"valid tool calls {metrics['valid_calls']:.0%}, carried out by the platform {metrics['accepted_calls']:.0%}"
+    )
+    return f"{ResultTable('', columns, tuple(rows)).plain()}\n{calls}"
+
+
+async def agents_on_oasis(asked: argparse.Namespace, model: str) -> None:
+    """OASIS' agents, each a CAMEL ChatAgent on Coterie's backend, act by tool calls."""
+    from coterie.inference.camel import CoterieModelBackend
+    from coterie.scenarios.adapters.oasis import simulate
+    from coterie.scenarios.oasis.campaign import CampaignOptions
+
+    config = {"tool_choice": "required", "max_completion_tokens": 48, "temperature": 1.0}
+    backends = {
+        camp: CoterieModelBackend(model, config, servers=asked.url, tokenizer=asked.tokenizer, context=asked.context)
+        for camp in ("red", "blue")
+    }
+    try:
+        campaign = await simulate(CampaignOptions.model_validate(CAMPAIGN), backends)
+        for camp, backend in backends.items():
+            captured = backend.captured()
+            tokens = sum(len(call.token_ids) for call in captured)
+            print(f"  {camp}: {len(captured)} calls captured, {tokens} tokens with log-probabilities")
+    finally:
+        for backend in backends.values():
+            await asyncio.to_thread(backend.close)
+    for round_, worth in enumerate(campaign.history, 1):
+        print(f"  round {round_}: " + ", ".join(f"reach of {camp} {value:.2f}" for camp, value in worth.items()))
+    print(f"\n{what_happened(campaign.metrics())}")
+
+
+async def seats_on_oasis(asked: argparse.Namespace) -> None:
+    """Users of the platform are seats of a training run: one update of two adapters, on the base in this process."""
+    base = asked.base or RunConfig().base.model
+    resolve_base(base, allow_download=False, report=lambda line: None)
+    groups = [{**group, "model": group["name"]} for group in CAMPAIGN["groups"]]
+    config = parse_config({
+        "mode": "team_battle",
+        "base": {"model": base},
+        "models": [{"model_id": camp, "team_id": camp} for camp in ("red", "blue")],
+        "scenario": {"id": "oasis", "options": {**CAMPAIGN, "groups": groups}},
+        "rollout": {"tasks_per_update": 1, "group_size": 4},
+        "engine": {"calibration_tasks": 4},
+    })  # fmt: skip
+    env = MultiModelEnvironment(config=config)
+    (record,) = await env.train_cycles(1)
+    await env.aclose()
+    print(what_happened({name.removeprefix("outcome/"): value for name, value in record.metrics.items()}))
+    for camp, trained in env.models.items():
+        print(f"{camp}: {trained.weight_updates} update of its adapter from what happened there")
+
+
+async def anybody_on_oasis() -> None:
+    """The platform without any model."""
+    scenario = build_scenario("oasis", CAMPAIGN)
+    task = next(iter(scenario.tasks(Split.HELDOUT, 0)))
+    outcome = await scenario.play(task, PracticeTable(task, scenario.seats(task)))
+    print(what_happened(outcome.metrics))
+
+
+async def oasis(asked: argparse.Namespace, model: str | None, number: int) -> None:
+    """The campaign, by whoever there is to act."""
+    try:
+        require()
+    except CoterieError as error:
+        _heading(number, "No OASIS campaign")
+        print(clean(str(error), lines=False))
+        return
+    if model is not None:
+        _heading(number, "OASIS agents on Coterie's backend")
+        await agents_on_oasis(asked, model)
+        return
+    _heading(number, "OASIS users as seats of a training run")
+    try:
+        await seats_on_oasis(asked)
+    except BaseModelError as error:
+        print(f"no base model ({clean(str(error), lines=False)}): choices are SIMULATED, drawn at random")
+        await anybody_on_oasis()
+
+
+def _heading(number: int, text: str) -> None:
+    text = f"{number}. {text}"
+    print(f"\n{text}\n{'=' * len(text)}")
+
+
 async def play(asked: argparse.Namespace) -> None:
     print("1. What is there\n================")
     camel = find_spec("camel") is not None
@@ -178,11 +285,12 @@ async def play(asked: argparse.Namespace) -> None:
         await with_agents(asked, asked.model or model)
         print("\n3. CAMEL's own models as a tier of VLLMClient\n=============================================")
         await with_client(asked, asked.url)
+        await oasis(asked, asked.model or model, 4)
         return
     fallen = "the next best tier, without CAMEL agents" if model else "what this process can do by itself"
-    heading = f"2. Fallen back to {fallen}"
-    print(f"\n{heading}\n{'=' * len(heading)}")
+    _heading(2, f"Fallen back to {fallen}")
     await with_client(asked, asked.url if model is not None else [])
+    await oasis(asked, (asked.model or model) if camel else None, 3)
     if model is None:
         print("\nTo have servers answer: coterie serve & python demo/camel_oasis_vllm_example.py")
 

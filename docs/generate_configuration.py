@@ -99,6 +99,8 @@ def shown(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(shown, value)) + "]"
+    if isinstance(value, BaseModel):
+        return shown(value.model_dump(exclude_defaults=True))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {shown(inner)}" for key, inner in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -196,7 +198,13 @@ def _preset(name: str) -> str:
 
 
 def _options(where: str, when: str, options: type[BaseModel]) -> list[str]:
-    return ["", f"### `[{where}]` with {when}", "", summary(options), "", *settings(options)]
+    lines = ["", f"### `[{where}]` with {when}", "", summary(options), "", *settings(options)]
+    for name, field in options.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                which = "`" + name + "`" if part is field.annotation else f"Each of `{name}`"
+                lines += ["", f"{which}: {summary(part)}", "", *settings(part)]
+    return lines
 
 
 def metrics() -> str:

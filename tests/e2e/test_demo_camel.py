@@ -43,6 +43,9 @@ def test_without_a_server_the_engine_inside_speaks(tiny_path: Path, tmp_path: Pa
         assert int(cells[-2]) > 0
         assert float(cells[-1]) < 0
     assert "Traceback" not in done.stdout + done.stderr
+    if find_spec("oasis") is None:
+        assert "No OASIS campaign" in done.stdout
+        assert "run `make oasis`" in done.stdout
 
 
 def test_with_nothing_at_all_answers_are_simulated_and_say_so(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ SCENARIOS = {
     "openspiel": "coterie.scenarios.adapters.openspiel:OpenSpiel",
     "reasoning_gym": "coterie.scenarios.adapters.reasoning_gym:ReasoningGym",
     "datasets": "coterie.scenarios.adapters.datasets:Datasets",
+    "oasis": "coterie.scenarios.adapters.oasis:Oasis",
 }
 
 
