@@ -126,6 +126,14 @@ SCENARIOS = {
     "jsonl": "coterie.scenarios.jsonl:JsonLines",
     "signaling": "coterie.scenarios.signaling:Signaling",
     "matrix": "coterie.scenarios.matrix:Matrix",
+    "public_goods": "coterie.scenarios.public_goods:PublicGoods",
+    "commons": "coterie.scenarios.commons:Commons",
+    "blotto": "coterie.scenarios.blotto:Blotto",
+    "team_blotto": "coterie.scenarios.team_blotto:TeamBlotto",
+    "team_signaling": "coterie.scenarios.team_signaling:TeamSignaling",
+    "guess_number": "coterie.scenarios.guess_number:GuessNumber",
+    "taboo": "coterie.scenarios.taboo:Taboo",
+    "bargaining": "coterie.scenarios.bargaining:Bargaining",
 }
 
 
