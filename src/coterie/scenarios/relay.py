@@ -183,7 +183,8 @@ class Relay(ABC):
     async def asked(self, table: Table) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """By side: the speaker's probability of every word, (targets, words); the listener's of every target,
         (words, targets)."""
-        speak, listen = {}, {}
+        speak: dict[str, Rows] = {}
+        listen: dict[str, Rows] = {}
         for side in self.sides:
             says = {t: self.says(side, t, table.language) for t in range(self.targets)}
             names = {w: self.names(side, w, table.language) for w in range(self.words)}
