@@ -70,8 +70,8 @@ async def measure(env: MultiModelEnvironment) -> dict[str, list[dict[str, float]
     seats = {seat: by_id[holder.trained] for seat, holder in holders.items() if holder.trained is not None}
     if {seat.partition("_")[0] for seat in holders} != set(SIDES) or len(seats) < len(holders):
         raise ScenarioError(
-            f"scenario {env.config.scenario.id!r} has seats {', '.join(holders)}; two teams of trained models are needed, "
-            f"in seats that begin with red_ and blue_"
+            f"scenario {env.config.scenario.id!r} has seats {', '.join(holders)}; two teams of trained models are "
+            f"needed, in seats that begin with red_ and blue_"
         )
     found: dict[str, list[dict[str, float]]] = {}
     for side, other in (SIDES, SIDES[::-1]):

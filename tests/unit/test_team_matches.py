@@ -84,4 +84,4 @@ def test_a_game_without_teams_is_refused(tiny_path: Path, tmp_path: Path, capsys
     asyncio.run(env.train())
     asyncio.run(env.aclose())
     assert team_matches.main([str(run.path)]) == 7
-    assert "two teams of trained models are needed" in capsys.readouterr().err
+    assert "two teams of trained models are needed, in seats" in capsys.readouterr().err
