@@ -37,6 +37,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tictactoe", {"opponents": ["random", "model"], "view": "lines", "symmetry": False, "exact_floor": 0.001}),
     ("jsonl", {"path": ROWS}),
     ("jsonl", {"path": ROWS, "scorer": "contains", "required_models": 3, "cooperation_level": 0.9}),
+    ("public_goods", {}),
+    ("public_goods", {"players": 2, "endowment": 2, "rounds": 3, "memory": 2, "multiplier": 1.5}),
+    ("commons", {}),
+    ("commons", {"players": 2, "capacity": 12, "demands": [0, 1, 2, 4], "growth": 1.5, "rounds": 4}),
+    ("blotto", {}),
+    ("blotto", {"fields": 4, "troops": 3, "score": "fields"}),
+    ("team_blotto", {"battles": 2}),
+    ("team_blotto", {"fields": 3, "troops": 3, "battles": 1, "cooperation_level": 0.0}),
+    ("team_signaling", {}),
+    ("team_signaling", {"symbols": 2, "states": 3, "intercept": True}),
+    ("guess_number", {"numbers": 9, "guesses": 5}),
+    ("guess_number", {"numbers": 5, "players": 3, "together": True}),
+    ("guess_number", {"numbers": 12, "players": 1}),
+    ("taboo", {}),
+    ("taboo", {"teams": 1, "taboo": "excluded", "targets": 3, "rounds": 1}),
+    ("bargaining", {}),
+    ("bargaining", {"values": [1, 2], "offers": 3, "discount": 0.9}),
 ]
 
 

@@ -135,6 +135,14 @@ SCENARIOS = {
     "reasoning_gym": "coterie.scenarios.adapters.reasoning_gym:ReasoningGym",
     "datasets": "coterie.scenarios.adapters.datasets:Datasets",
     "oasis": "coterie.scenarios.adapters.oasis:Oasis",
+    "public_goods": "coterie.scenarios.public_goods:PublicGoods",
+    "commons": "coterie.scenarios.commons:Commons",
+    "blotto": "coterie.scenarios.blotto:Blotto",
+    "team_blotto": "coterie.scenarios.team_blotto:TeamBlotto",
+    "team_signaling": "coterie.scenarios.team_signaling:TeamSignaling",
+    "guess_number": "coterie.scenarios.guess_number:GuessNumber",
+    "taboo": "coterie.scenarios.taboo:Taboo",
+    "bargaining": "coterie.scenarios.bargaining:Bargaining",
 }
 
 
