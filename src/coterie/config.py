@@ -64,7 +64,10 @@ class RolloutConfig(Section):
     rotate_seats: bool = False
     """Whether models take turns at the seats; needed where seats are not alike and roles are not fixed."""
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
-    """Past this share of failed episodes in an update the run stops with a summary."""
+    """Past this share of failed episodes in an update, or in an evaluation, the run stops with a summary."""
+    episode_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Seconds an episode may go on by itself without asking for a turn; past it the episode has failed. What turns
+    take does not count; how many there may be says the task's max_steps."""
     language: Literal["en", "zh"] = "en"
     """Of the prompts."""
 

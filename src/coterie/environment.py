@@ -32,7 +32,7 @@ from coterie.rollout.table import Ask
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
 from coterie.runs.state import Parts, check_fits
-from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario, draw_tasks
 from coterie.types import Episode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ class MultiModelEnvironment:
 
     def _first_tasks(self) -> list[TrainingTask]:
         """The first thousand tasks of each side. Raises `ScenarioError` when there is nothing to train on."""
-        train, heldout = (list(islice(self.scenario.tasks(split, self.config.seed), 1000)) for split in Split)
+        train, heldout = (list(islice(draw_tasks(self.scenario, split, self.config.seed), 1000)) for split in Split)
         if not train:
             raise ScenarioError(f"scenario {self.config.scenario.id!r} gives no training task")
         return [*train, *heldout]
@@ -392,7 +392,7 @@ class MultiModelEnvironment:
         return await loop.evaluator.all(count, split, self.observer.progress)
 
     def _task(self, index: int) -> TrainingTask:
-        tasks = list(islice(self.scenario.tasks(Split.HELDOUT, self.config.seed), index, index + 1))
+        tasks = list(islice(draw_tasks(self.scenario, Split.HELDOUT, self.config.seed), index, index + 1))
         if not tasks:
             raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")
         return tasks[0]

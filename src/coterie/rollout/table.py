@@ -16,7 +16,9 @@ from coterie.inference.base import ChatFormat, Engine
 from coterie.modes.base import Mode
 from coterie.registry import resolve
 from coterie.rollout.calibration import Calibration
+from coterie.rollout.limits import Clock
 from coterie.scenarios.base import Script
+from coterie.scenarios.question import check_question
 from coterie.types import (
     AdapterVersion,
     GenerateRequest,
@@ -69,6 +71,8 @@ class TableServices:
     language: str
     seed: int
     ask: Ask | None = None
+    episode_timeout_s: float = 60.0
+    """Most of an episode's own time (see `rollout.limits`)."""
 
 
 class EpisodeTable:
@@ -90,6 +94,9 @@ class EpisodeTable:
         self.seats: tuple[SeatId, ...] = tuple(holders)
         self.episode_id = episode_id
         self.withheld = withheld
+        self.clock = Clock()
+        self.closed = False
+        """Whether the episode is over; what a scenario left running takes no more turns."""
         self._handles = {seat_id: EpisodeSeat(self, holder) for seat_id, holder in holders.items()}
         self._rng: random.Random | None = None
 
@@ -142,24 +149,31 @@ class EpisodeSeat:
     ) -> Turn:
         """See `SeatHandle.act`."""
         table = self.table
+        if table.closed:
+            raise ScenarioError(f"seat {self.card.seat_id!r} was asked for a turn after its episode was over")
         if len(self.turns) >= table.task.max_steps:
             raise ScenarioError(
                 f"seat {self.card.seat_id!r} was asked for more than {table.task.max_steps} turns (task.max_steps)"
             )
+        check_question(self.card.seat_id, observation, choices, max_tokens)
         player = self.holder.player
-        if isinstance(player, Scripted | Person):
-            turn = self._told(observation, choices, kind, player)
-        else:
-            turn = await self._generated(observation, choices, max_tokens, kind)
+        with table.clock.stopped():
+            if isinstance(player, Scripted | Person):
+                turn = self._told(observation, choices, kind, player)
+            else:
+                turn = await self._generated(observation, choices, max_tokens, kind)
         self.turns.append(turn)
+        table.clock.start()
         return turn
 
     async def distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
         """See `SeatHandle.distribution`. Raises `ScenarioError` for a seat that no model holds."""
         if isinstance(self.holder.player, Scripted | Person):
             raise ScenarioError(f"seat {self.card.seat_id!r} is held by no model; it has no distribution")
+        check_question(self.card.seat_id, observation, choices, 1)
         request = self._request(observation, choices, 1, temperature=1.0, distribution=True)
-        generation = await self._generate(request)
+        with self.table.clock.stopped():
+            generation = await self._generate(request)
         assert generation.choice_probs is not None
         return generation.choice_probs
 

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 
 from coterie.errors import ScenarioError
+from coterie.scenarios.question import check_question
 from coterie.types import (
     ModelRole,
     Observation,
@@ -138,7 +139,7 @@ class PracticeSeat:
         seat = self.card.seat_id
         if len(self.turns) >= self._task.max_steps:
             raise ScenarioError(f"seat {seat!r} was asked for more than task.max_steps = {self._task.max_steps} turns")
-        _check_question(seat, observation, choices, max_tokens)
+        check_question(seat, observation, choices, max_tokens)
         rng = random.Random(f"{self._seed}:{seat}:{len(self.turns)}")
         logprob = 0.0
         if self._answer is not None:
@@ -176,7 +177,7 @@ class PracticeSeat:
 
     async def distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
         """See `SeatHandle.distribution`."""
-        _check_question(self.card.seat_id, observation, choices, 1)
+        check_question(self.card.seat_id, observation, choices, 1)
         return self._distribution(observation, choices)
 
     def _distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
@@ -186,17 +187,3 @@ class PracticeSeat:
                 f"seat {self.card.seat_id!r}: {list(probabilities)} are no probabilities of {list(choices)}"
             )
         return probabilities
-
-
-def _check_question(seat: SeatId, observation: Observation, choices: Sequence[str] | None, max_tokens: int) -> None:
-    problem = ""
-    if not observation.user.strip():
-        problem = "was shown an empty prompt"
-    elif max_tokens < 1:
-        problem = f"was given {max_tokens} tokens to answer in"
-    elif choices is not None and not choices:
-        problem = "was given an empty list of choices"
-    elif choices is not None and (len(set(choices)) < len(choices) or not all(c.strip() for c in choices)):
-        problem = f"was given choices that are blank or stand twice: {list(choices)}"
-    if problem:
-        raise ScenarioError(f"seat {seat!r} {problem}")
