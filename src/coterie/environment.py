@@ -92,7 +92,7 @@ class MultiModelEnvironment:
         self.scenario = build_scenario(config.scenario.id, config.scenario.options)
         if config.evaluation.until and not isinstance(self.scenario, ExactlyMeasured):
             raise ConfigError(f"evaluation.until: scenario {config.scenario.id!r} has no exact metrics; leave it out")
-        self.mode = build_mode(config.mode)
+        self.mode = build_mode(config.mode, config.custom_mode)
         self.credit = build_credit(config.credit, config.mode)
         self.calibration = Calibration()
         self.models: dict[ModelId, LoRAModel] = {}
@@ -279,8 +279,12 @@ class MultiModelEnvironment:
 
     async def evaluate(self, tasks: int, split: Split = Split.HELDOUT) -> ResultTable:
         """Measure the bare base, the calibrated base and the trained models on `tasks` tasks."""
+        return (await self.measure(tasks, split)).table()
+
+    async def measure(self, tasks: int, split: Split = Split.HELDOUT) -> Evaluation:
+        """As `evaluate`, but the figures themselves."""
         await self._calibrate(self._ready())
-        return (await self._evaluate(tasks, split)).table()
+        return await self._evaluate(tasks, split)
 
     async def play(self, seat: SeatId | None, ask: Ask, task_index: int) -> Episode:
         """Play held-out task `task_index` with a person in `seat` (None: the last seat); `ask` gets the answers."""

@@ -19,7 +19,7 @@ from coterie.scenarios.jsonl_rows import Row
 from tests.support.scripts import ROOT
 
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*READMES, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"]
 FOLDERS = ("src/", "tests/", "docs/", "configs/", "benchmarks/", "demo/")
 PACKAGES = (
     "cli", "credit", "inference", "lm", "modes", "monitor", "prompts", "rollout", "runs", "scenarios", "training",
@@ -131,7 +131,17 @@ def test_commands_and_options_exist(page: Path) -> None:
 
     text = page.read_text(encoding="utf-8")
     used = set(re.findall(r"^coterie (\w+)(.*?)(?:#.*)?$", text, re.MULTILINE))
-    assert {verb for verb, _ in used} == {"train", "eval", "play", "models", "serve", "bench", "doctor"}
+    assert {verb for verb, _ in used} == {
+        "train",
+        "eval",
+        "play",
+        "init",
+        "check",
+        "models",
+        "serve",
+        "bench",
+        "doctor",
+    }
     for verb, arguments in used:
         shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[\w-]+", arguments):

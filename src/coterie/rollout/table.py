@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from coterie.errors import RequestError, ScenarioError
 from coterie.inference.base import ChatFormat, Engine
@@ -250,9 +251,7 @@ class EpisodeSeat:
             tier = Tier.HUMAN
         else:
             rng = random.Random(stable_seed(services.seed, self.table.episode_id, self.card.seat_id, len(self.turns)))
-            script: Script | None = services.scripts.get(player.name)
-            if script is None:
-                script = resolve("script", player.name, dict.fromkeys(services.scripts, ""))
+            script = services.scripts.get(player.name) or _own_script(player.name, tuple(services.scripts))
             text = script(observation, choices or (), rng)
             tier = Tier.SCRIPT
         choice = list(choices).index(text) if choices is not None and text in choices else None
@@ -265,6 +264,13 @@ class EpisodeSeat:
             logprobs=(), allowed=None, bias=None, temperature=1.0, entropy=(), text=text, choice=choice,
             valid=True, tier=tier,
         )  # fmt: skip
+
+
+@cache
+def _own_script(name: str, known: tuple[str, ...]) -> Script:
+    """A script that is none of the scenario's; looked up once, because that takes milliseconds."""
+    script: Script = resolve("script", name, dict.fromkeys(known, ""))
+    return script
 
 
 def _messages(observation: Observation) -> tuple[tuple[str, str], ...]:
