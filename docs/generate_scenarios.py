@@ -192,7 +192,8 @@ def filled(text: str, *, pages: Path, results: Path) -> str:
         if marker["end"] is not None:
             if opened is None or opened["kind"] != marker["end"]:
                 raise ValueError(f"line {line}: {marker[0]} ends nothing that was begun")
-            parts += ["\n", _made(opened["kind"], opened["words"] or "", line, pages, results), "\n", marker[0]]
+            begun = text.count("\n", 0, opened.start()) + 1
+            parts += ["\n", _made(opened["kind"], opened["words"] or "", begun, pages, results), "\n", marker[0]]
             opened = None
         elif opened is not None:
             raise ValueError(f"line {line}: {opened[0]} before it has no end")

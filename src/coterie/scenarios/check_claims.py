@@ -40,7 +40,7 @@ Player = Callable[[Sequence[str], random.Random], str]
 
 _DOUBT: Final = 1e-4
 _ROUNDING: Final = 1e-7
-_PATIENCE_S: Final = 20.0
+_PATIENCE_S: Final = 5.0
 """For one series of plays."""
 _WORDS: Final = ("yes", "no")
 """What players say where there are no choices."""
