@@ -131,8 +131,9 @@ def test_time_spent_on_turns_does_not_count() -> None:
 
     async def play() -> Outcome:
         for _ in range(3):
-            with clock.stopped():
-                await asyncio.sleep(LIMIT_S)
+            clock.stop()
+            await asyncio.sleep(LIMIT_S)
+            clock.go_on()
         return DONE
 
     assert drive(play, clock=clock) is DONE
@@ -162,12 +163,14 @@ def test_the_clock_stands_while_any_seat_is_asked_and_starts_anew_after_a_turn(m
     clock = Clock()
     now[0] = 2.0
     assert clock.own_s == 2
-    with clock.stopped():
-        now[0] = 5.0
-        with clock.stopped():
-            now[0] = 7.0
-        now[0] = 9.0
-        assert clock.own_s == 2
+    clock.stop()
+    now[0] = 5.0
+    clock.stop()
+    now[0] = 7.0
+    clock.go_on()
+    now[0] = 9.0
+    assert clock.own_s == 2
+    clock.go_on()
     now[0] = 10.0
     assert clock.own_s == 3
     clock.start()

@@ -52,18 +52,16 @@ class Clock:
         """Count from now on."""
         self._spent, self._since = 0.0, time.monotonic()
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Stand still while a seat is asked; several may be asked at once."""
+    def stop(self) -> None:
+        """Stand still while a seat is asked; several may be asked at once, and `go_on` is called for each."""
         if not self._waiting:
             self._spent += time.monotonic() - self._since
         self._waiting += 1
-        try:
-            yield
-        finally:
-            self._waiting -= 1
-            if not self._waiting:
-                self._since = time.monotonic()
+
+    def go_on(self) -> None:
+        self._waiting -= 1
+        if not self._waiting:
+            self._since = time.monotonic()
 
     def forgive(self, seconds: float) -> None:
         """Leave out time in which nothing could go on, because the event loop was taken up by others."""

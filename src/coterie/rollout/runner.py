@@ -77,15 +77,17 @@ class Runner:
         """
         plans, unseated = [], []
         for number, task in enumerate(tasks):
-            for k in range(group_size):
-                turn = update * len(tasks) + number
-                try:
-                    holders = self.seating(task, models, turn + (k % len(models) if rotate else 0), rotate)
-                except ScenarioError as error:
-                    unseated.append(FailedEpisode(f"{update}.{number}.{k}", task, cause(error)))
-                    continue
-                group = f"{update}.{number}" + (f".{k % len(models)}" if rotate else "")
-                plans.append(Plan(task, holders, f"{update}.{number}.{k}", group, update, withhold))
+            turn = update * len(tasks) + number
+            shifts = len(models) if rotate else 1
+            numbers = [f"{update}.{number}.{k}" for k in range(group_size)]
+            try:
+                seatings = [self.seating(task, models, turn + k, rotate) for k in range(min(shifts, group_size))]
+            except ScenarioError as error:
+                unseated += [FailedEpisode(episode_id, task, cause(error)) for episode_id in numbers]
+                continue
+            for k, episode_id in enumerate(numbers):
+                group = f"{update}.{number}" + (f".{k % shifts}" if rotate else "")
+                plans.append(Plan(task, seatings[k % shifts], episode_id, group, update, withhold))
         episodes, failed = await self.play(plans)
         return episodes, [*unseated, *failed]
 

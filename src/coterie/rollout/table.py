@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from coterie.errors import RequestError, ScenarioError
 from coterie.inference.base import ChatFormat, Engine
@@ -158,11 +158,14 @@ class EpisodeSeat:
             )
         check_question(self.card.seat_id, observation, choices, max_tokens)
         player = self.holder.player
-        with table.clock.stopped():
+        table.clock.stop()
+        try:
             if isinstance(player, Scripted | Person):
                 turn = self._told(observation, choices, kind, player)
             else:
                 turn = await self._generated(observation, choices, max_tokens, kind)
+        finally:
+            table.clock.go_on()
         self.turns.append(turn)
         table.clock.start()
         return turn
@@ -173,8 +176,11 @@ class EpisodeSeat:
             raise ScenarioError(f"seat {self.card.seat_id!r} is held by no model; it has no distribution")
         check_question(self.card.seat_id, observation, choices, 1)
         request = self._request(observation, choices, 1, temperature=1.0, distribution=True)
-        with self.table.clock.stopped():
+        self.table.clock.stop()
+        try:
             generation = await self._generate(request)
+        finally:
+            self.table.clock.go_on()
         assert generation.choice_probs is not None
         return generation.choice_probs
 
@@ -273,6 +279,7 @@ def _own_script(name: str, known: tuple[str, ...]) -> Script:
     return script
 
 
+@lru_cache(maxsize=65536)
 def _messages(observation: Observation) -> tuple[tuple[str, str], ...]:
     told = (("system", observation.system), ("user", observation.user), ("assistant", observation.prefix))
     return tuple((role, text) for role, text in told if text or role == "user")

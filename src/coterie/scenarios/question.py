@@ -7,6 +7,7 @@ foreign code, so types are looked at too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from coterie.errors import ScenarioError
 from coterie.types import Observation, SeatId
@@ -14,7 +15,11 @@ from coterie.types import Observation, SeatId
 
 def check_question(seat: SeatId, observation: Observation, choices: Sequence[str] | None, max_tokens: int) -> None:
     """Raises `ScenarioError` naming the seat, what is wrong with the question, and what it must be."""
-    problem = _problem(observation, choices, max_tokens)
+    try:
+        # most questions were asked before, word for word
+        problem = _asked(observation, tuple(choices) if type(choices) is list else choices, max_tokens)
+    except TypeError:  # what is in it cannot be looked up, and so is no text
+        problem = _problem(observation, choices, max_tokens)
     if problem:
         raise ScenarioError(f"seat {seat!r} {problem}")
 
@@ -31,6 +36,9 @@ def _problem(observation: object, choices: object, max_tokens: object) -> str:
     if not isinstance(max_tokens, int) or max_tokens < 1:
         return f"was given {max_tokens!r} tokens to answer in; max_tokens must be a whole number of at least 1"
     return "" if choices is None else _problem_of_choices(choices)
+
+
+_asked = lru_cache(maxsize=65536)(_problem)
 
 
 def _problem_of_choices(choices: object) -> str:
