@@ -6,12 +6,13 @@ trained policies under the same calibration; so the table separates what calibra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from coterie.errors import ScenarioError
+from coterie.errors import CoterieError, ScenarioError, cause
 from coterie.models import LoRAModel
 from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
@@ -127,32 +128,53 @@ class Evaluator:
         runner = with_services(self.runner, **changes)
         base = {m.model_id: None for m in self.models} if player != "trained" else {}
         plans = []
-        for number, task in enumerate(tasks):
-            holders = frozen_as(runner.seating(task, self.models, number, self.rotate), base)
-            plans.append(Plan(task, holders, f"eval.{number}", f"eval.{number}", 0))
         episodes: list[Episode] = []
         failed: list[FailedEpisode] = []
+        for number, task in enumerate(tasks):
+            try:
+                holders = frozen_as(runner.seating(task, self.models, number, self.rotate), base)
+            except ScenarioError as error:
+                failed.append(FailedEpisode(f"eval.{number}", task, cause(error)))
+                continue
+            plans.append(Plan(task, holders, f"eval.{number}", f"eval.{number}", 0))
+        self._check_failures(failed, len(tasks))
         for start in range(0, len(plans), _CHUNK):
             played, broken = await runner.play(plans[start : start + _CHUNK])
             episodes.extend(played)
             failed.extend(broken)
-            if len(failed) > self.max_failed_share * len(plans):
-                raise ScenarioError(
-                    f"held-out task {failed[0].task.task_id!r} failed: {failed[0].error}; {len(failed)} of "
-                    f"{len(plans)} failed, more than rollout.max_failed_share ({self.max_failed_share}) allows"
-                )
+            self._check_failures(failed, len(tasks))
             step(len(episodes) + len(failed))
         return _measure(episodes, await self.exact(runner, base), len(failed))
 
+    def _check_failures(self, failed: Sequence[FailedEpisode], total: int) -> None:
+        if len(failed) > self.max_failed_share * total:
+            raise ScenarioError(
+                f"held-out task {failed[0].task.task_id!r} failed: {failed[0].error}; {len(failed)} of {total} failed, "
+                f"more than rollout.max_failed_share ({self.max_failed_share}) allows"
+            )
+
     async def exact(self, runner: Runner | None = None, base: Mapping[ModelId, None] | None = None) -> dict[str, float]:
-        """The scenario's exact metrics for the current policies (or the base); empty when it has none."""
+        """The scenario's exact metrics for the current policies (or the base); empty when it has none.
+
+        Raises:
+            ScenarioError: it raises, or a figure is not a finite number.
+        """
         runner = runner or self.runner
         scenario = runner.scenario
         if not isinstance(scenario, ExactlyMeasured):
             return {}
         task = next(iter(scenario.tasks(Split.HELDOUT, self.seed)))
         holders = frozen_as(runner.seating(task, self.models, 0, self.rotate), base or {})
-        return dict(await scenario.exact(runner.table(Plan(task, holders, "exact", "exact", 0))))
+        try:
+            found = dict(await scenario.exact(runner.table(Plan(task, holders, "exact", "exact", 0))))
+        except CoterieError:
+            raise
+        except Exception as error:
+            raise ScenarioError(f"exact raised {cause(error)}") from error
+        odd = [name for name, value in found.items() if not (isinstance(value, int | float) and math.isfinite(value))]
+        if odd:
+            raise ScenarioError(f"exact figure {odd[0]!r} is {found[odd[0]]!r}; it must be a finite number")
+        return found
 
 
 def _measure(episodes: Iterable[Episode], exact: Mapping[str, float], failed: int) -> Measured:

@@ -208,7 +208,7 @@ def command(tiny_path: Path, tmp_path: Path) -> Make:
             "rollout": {
                 "tasks_per_update": 2, "group_size": 3, "max_failed_share": 0.5, "episode_timeout_s": 0.3,
             },
-            "engine": {"calibration": False},
+            "engine": {"calibration_tasks": 4},
             "evaluation": {"tasks": 2},
         }  # fmt: skip
         path = tmp_path / "faulty.toml"

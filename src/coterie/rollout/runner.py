@@ -117,7 +117,10 @@ class Runner:
         base = {model.model_id: None for model in models}
         plans = []
         for number, task in enumerate(tasks):
-            holders = frozen_as(self.seating(task, models, number, rotate), base)
+            try:
+                holders = frozen_as(self.seating(task, models, number, rotate), base)
+            except ScenarioError:  # its episodes will fail, and say why, when it is trained on
+                continue
             plans.append(Plan(task, holders, f"calibrate.{number}", "calibrate", 0))
         services.calibration.recording = True
         await self.play(plans)
