@@ -226,7 +226,7 @@ def failures(folder: Path) -> list[dict[str, Any]]:
 
 SEATS = {
     "seats raise": "task 'train-1': seats() raised IndexError: no chair (test_bad_scenarios.py:",
-    "seat twice": "task 'train-1': seats() gave 'one' 2 times",
+    "seat twice": "task 'train-1': seats() gave the seat 'one' 2 times",
 }
 
 

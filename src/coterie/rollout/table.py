@@ -221,7 +221,11 @@ class EpisodeSeat:
         services = self.table.services
         request = self._request(observation, choices, max_tokens, temperature=services.temperature)
         services.calibration.saw(self.card.seat_id, choices, request)
-        made = await self._generate(request)
+        try:
+            made = await self._generate(request)
+        except RequestError:
+            services.calibration.forget(self.card.seat_id, choices, request)
+            raise
         if choices is not None and made.choice is not None:
             text = choices[made.choice]
         else:
