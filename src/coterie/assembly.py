@@ -106,6 +106,7 @@ def assemble(
         temperature=config.rollout.temperature,
         language=config.rollout.language,
         seed=config.seed,
+        episode_timeout_s=config.rollout.episode_timeout_s,
     )
     runner = Runner(scenario, services)
     models = list(parts.models.values())
@@ -122,7 +123,7 @@ def assemble(
         learner=Learner(base, [m.config for m in models], config.learner, config.updates, magnet),
         runner=runner,
         tasks=tasks,
-        evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats),
+        evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats, config.rollout.max_failed_share),
         observer=observer,
         update=start,
         concurrent=engine.remote,

@@ -64,7 +64,10 @@ class RolloutConfig(Section):
     rotate_seats: bool = False
     """Whether models take turns at the seats; needed where seats are not alike and roles are not fixed."""
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
-    """Past this share of failed episodes in an update the run stops with a summary."""
+    """Past this share of failed episodes in an update, or in an evaluation, the run stops with a summary."""
+    episode_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Seconds an episode may go on by itself without asking for a turn; past it the episode has failed. What turns
+    take does not count; how many there may be says the task's max_steps."""
     language: Literal["en", "zh"] = "en"
     """Of the prompts."""
 
@@ -209,6 +212,9 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything random: adapters, tasks, sampling."""
     mode: TrainingMode = TrainingMode.COOPERATIVE
+    custom_mode: str | None = None
+    """A mode of your own that divides rewards in its place: "module:attr" or an installed entry point; `mode` is then
+    the one whose prompts and credit it has."""
     updates: int = Field(default=50, ge=0)
     """Optimizer updates of every policy."""
     max_models: int = Field(default=10, ge=1)
@@ -340,16 +346,22 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def parse_override(override: str, option: str) -> tuple[str, Any]:
+    """Key and value of ``key=value``; the value is TOML, or else text. Raises `ConfigError` naming the option."""
     key, separator, raw = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override!r}: write it as key=value, for example --set rollout.group_size=8")
+    if not separator or not key.strip():
+        example = "rollout.group_size=8" if option == "--set" else "rounds=3"
+        raise ConfigError(f"{option} {override!r}: write it as key=value, for example {option} {example}")
     try:
-        value: Any = tomllib.loads(f"v = {raw}")["v"]
+        return key.strip(), tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
-        value = raw
+        return key.strip(), raw
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override, "--set")
     target: Any = data
-    *parents, last = key.strip().split(".")
+    *parents, last = key.split(".")
     for part in parents:
         target = target[int(part)] if isinstance(target, list) and part.isdigit() else target.setdefault(part, {})
         if not isinstance(target, dict | list):

@@ -32,7 +32,7 @@ from coterie.rollout.table import Ask
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
 from coterie.runs.state import Parts, check_fits
-from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario, draw_tasks
 from coterie.types import Episode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class MultiModelEnvironment:
         self.scenario = build_scenario(config.scenario.id, config.scenario.options)
         if config.evaluation.until and not isinstance(self.scenario, ExactlyMeasured):
             raise ConfigError(f"evaluation.until: scenario {config.scenario.id!r} has no exact metrics; leave it out")
-        self.mode = build_mode(config.mode)
+        self.mode = build_mode(config.mode, config.custom_mode)
         self.credit = build_credit(config.credit, config.mode)
         self.calibration = Calibration()
         self.models: dict[ModelId, LoRAModel] = {}
@@ -279,8 +279,12 @@ class MultiModelEnvironment:
 
     async def evaluate(self, tasks: int, split: Split = Split.HELDOUT) -> ResultTable:
         """Measure the bare base, the calibrated base and the trained models on `tasks` tasks."""
+        return (await self.measure(tasks, split)).table()
+
+    async def measure(self, tasks: int, split: Split = Split.HELDOUT) -> Evaluation:
+        """As `evaluate`, but the figures themselves."""
         await self._calibrate(self._ready())
-        return (await self._evaluate(tasks, split)).table()
+        return await self._evaluate(tasks, split)
 
     async def play(self, seat: SeatId | None, ask: Ask, task_index: int) -> Episode:
         """Play held-out task `task_index` with a person in `seat` (None: the last seat); `ask` gets the answers."""
@@ -372,7 +376,7 @@ class MultiModelEnvironment:
 
     def _first_tasks(self) -> list[TrainingTask]:
         """The first thousand tasks of each side. Raises `ScenarioError` when there is nothing to train on."""
-        train, heldout = (list(islice(self.scenario.tasks(split, self.config.seed), 1000)) for split in Split)
+        train, heldout = (list(islice(draw_tasks(self.scenario, split, self.config.seed), 1000)) for split in Split)
         if not train:
             raise ScenarioError(f"scenario {self.config.scenario.id!r} gives no training task")
         return [*train, *heldout]
@@ -392,7 +396,7 @@ class MultiModelEnvironment:
         return await loop.evaluator.all(count, split, self.observer.progress)
 
     def _task(self, index: int) -> TrainingTask:
-        tasks = list(islice(self.scenario.tasks(Split.HELDOUT, self.config.seed), index, index + 1))
+        tasks = list(islice(draw_tasks(self.scenario, Split.HELDOUT, self.config.seed), index, index + 1))
         if not tasks:
             raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")
         return tasks[0]

@@ -6,7 +6,9 @@ Each message says what is wrong, where, and what to do. The command line prints 
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CoterieError(Exception):
@@ -63,3 +65,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(names)})"
+
+
+def cause(error: BaseException) -> str:
+    """An error in one line; of one that nobody raised on purpose also where: file, line and function."""
+    told = f"{type(error).__name__}: {error}"
+    if isinstance(error, CoterieError):
+        return told
+    steps = traceback.extract_tb(error.__traceback__)
+    return f"{told} ({Path(steps[-1].filename).name}:{steps[-1].lineno} in {steps[-1].name})" if steps else told

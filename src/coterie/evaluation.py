@@ -6,19 +6,20 @@ trained policies under the same calibration; so the table separates what calibra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from coterie.errors import ScenarioError
+from coterie.errors import CoterieError, ScenarioError, cause
 from coterie.models import LoRAModel
 from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
 from coterie.rollout.matchmaking import frozen_as
 from coterie.rollout.runner import Plan, Runner, with_services
-from coterie.scenarios.base import ExactlyMeasured
-from coterie.types import Episode, ModelId, Split, TrainingTask
+from coterie.scenarios.base import ExactlyMeasured, draw_tasks
+from coterie.types import Episode, FailedEpisode, ModelId, Split, TrainingTask
 
 PLAYERS = ("bare base", "calibrated base", "trained")
 _CHUNK = 32
@@ -37,6 +38,8 @@ class Measured:
     """Over all models and tasks."""
     exact: Mapping[str, float]
     outcome: Mapping[str, float]
+    failed: int = 0
+    """Held-out episodes that failed and are in none of the figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Evaluation:
                     "by_task_type": _nested(m.by_cell),
                     "exact": dict(m.exact),
                     "outcome": dict(m.outcome),
+                    **({"failed": m.failed} if m.failed else {}),
                 }
                 for player, m in self.measured.items()
             },
@@ -75,8 +79,10 @@ class Evaluation:
         for name in self.measured[players[0]].exact:
             values = [self.measured[p].exact[name] for p in players]
             rows.append(("exact", name, *values, values[-1] - values[0]))
+        failed = max(m.failed for m in self.measured.values())
         return ResultTable(
-            f"Held-out accuracy on {self.tasks} tasks no training step saw",
+            f"Held-out accuracy on {self.tasks} tasks no training step saw"
+            + (f" (up to {failed} failed and are left out)" if failed else ""),
             ("task type", "model", *players, "gain"),
             tuple(rows),
         )
@@ -92,15 +98,19 @@ def _nested(cells: Mapping[tuple[str, ModelId], float]) -> dict[str, dict[ModelI
 class Evaluator:
     """Evaluates the models of a run."""
 
-    def __init__(self, runner: Runner, models: Sequence[LoRAModel], seed: int, rotate: bool) -> None:
+    def __init__(
+        self, runner: Runner, models: Sequence[LoRAModel], seed: int, rotate: bool, max_failed_share: float = 0.0
+    ) -> None:
+        """`max_failed_share`: of the held-out tasks that may fail; they are left out and counted."""
         self.runner = runner
         self.models = models
         self.seed = seed
         self.rotate = rotate
+        self.max_failed_share = max_failed_share
 
     async def all(self, count: int, split: Split, report: Report) -> Evaluation:
         """Measure the bare base, the calibrated base and the trained policies on the same `count` tasks."""
-        tasks = list(islice(self.runner.scenario.tasks(split, self.seed), count))
+        tasks = list(islice(draw_tasks(self.runner.scenario, split, self.seed), count))
         measured = {}
         for number, player in enumerate(PLAYERS):
 
@@ -118,30 +128,56 @@ class Evaluator:
         runner = with_services(self.runner, **changes)
         base = {m.model_id: None for m in self.models} if player != "trained" else {}
         plans = []
-        for number, task in enumerate(tasks):
-            holders = frozen_as(runner.seating(task, self.models, number, self.rotate), base)
-            plans.append(Plan(task, holders, f"eval.{number}", f"eval.{number}", 0))
         episodes: list[Episode] = []
+        failed: list[FailedEpisode] = []
+        for number, task in enumerate(tasks):
+            try:
+                holders = frozen_as(runner.seating(task, self.models, number, self.rotate), base)
+            except ScenarioError as error:
+                failed.append(FailedEpisode(f"eval.{number}", task, cause(error)))
+                continue
+            plans.append(Plan(task, holders, f"eval.{number}", f"eval.{number}", 0))
+        self._check_failures(failed, len(tasks))
         for start in range(0, len(plans), _CHUNK):
-            played, failed = await runner.play(plans[start : start + _CHUNK])
-            if failed:
-                raise ScenarioError(f"held-out task {failed[0].task.task_id!r} failed: {failed[0].error}")
+            played, broken = await runner.play(plans[start : start + _CHUNK])
             episodes.extend(played)
-            step(len(episodes))
-        return _measure(episodes, await self.exact(runner, base))
+            failed.extend(broken)
+            self._check_failures(failed, len(tasks))
+            step(len(episodes) + len(failed))
+        return _measure(episodes, await self.exact(runner, base), len(failed))
+
+    def _check_failures(self, failed: Sequence[FailedEpisode], total: int) -> None:
+        if len(failed) > self.max_failed_share * total:
+            raise ScenarioError(
+                f"held-out task {failed[0].task.task_id!r} failed: {failed[0].error}; {len(failed)} of {total} failed, "
+                f"more than rollout.max_failed_share ({self.max_failed_share}) allows"
+            )
 
     async def exact(self, runner: Runner | None = None, base: Mapping[ModelId, None] | None = None) -> dict[str, float]:
-        """The scenario's exact metrics for the current policies (or the base); empty when it has none."""
+        """The scenario's exact metrics for the current policies (or the base); empty when it has none.
+
+        Raises:
+            ScenarioError: it raises, or a figure is not a finite number.
+        """
         runner = runner or self.runner
         scenario = runner.scenario
         if not isinstance(scenario, ExactlyMeasured):
             return {}
         task = next(iter(scenario.tasks(Split.HELDOUT, self.seed)))
         holders = frozen_as(runner.seating(task, self.models, 0, self.rotate), base or {})
-        return dict(await scenario.exact(runner.table(Plan(task, holders, "exact", "exact", 0))))
+        try:
+            found = dict(await scenario.exact(runner.table(Plan(task, holders, "exact", "exact", 0))))
+        except CoterieError:
+            raise
+        except Exception as error:
+            raise ScenarioError(f"exact raised {cause(error)}") from error
+        odd = [name for name, value in found.items() if not (isinstance(value, int | float) and math.isfinite(value))]
+        if odd:
+            raise ScenarioError(f"exact figure {odd[0]!r} is {found[odd[0]]!r}; it must be a finite number")
+        return found
 
 
-def _measure(episodes: Iterable[Episode], exact: Mapping[str, float]) -> Measured:
+def _measure(episodes: Iterable[Episode], exact: Mapping[str, float], failed: int) -> Measured:
     cells: dict[tuple[str, ModelId], list[float]] = {}
     models: dict[ModelId, list[float]] = {}
     outcome: dict[str, list[float]] = {}
@@ -161,4 +197,5 @@ def _measure(episodes: Iterable[Episode], exact: Mapping[str, float]) -> Measure
         sum(every) / len(every) if every else 0.0,
         exact,
         {name: sum(v) / len(v) for name, v in outcome.items()},
+        failed,
     )

@@ -21,7 +21,7 @@ from coterie.modes.base import Mode
 from coterie.monitor.console import Observer
 from coterie.monitor.metrics import UpdateRecord, measure
 from coterie.rollout.runner import Runner
-from coterie.scenarios.base import Scenario
+from coterie.scenarios.base import Scenario, draw_tasks
 from coterie.training.batch import build_batch
 from coterie.training.learner import Learner, LearnerStats
 from coterie.types import Episode, FailedEpisode, Split, TrainingTask
@@ -40,14 +40,14 @@ class TaskQueue:
         """`start`: tasks already taken, when a run goes on."""
         self.own: deque[TrainingTask] = deque()
         self._scenario, self._seed = scenario, seed
-        self._stream: Iterator[TrainingTask] = islice(scenario.tasks(Split.TRAIN, seed), start, None)
+        self._stream: Iterator[TrainingTask] = islice(draw_tasks(scenario, Split.TRAIN, seed), start, None)
 
     def add(self, task: TrainingTask) -> None:
         self.own.append(task)
 
     def peek(self, count: int) -> list[TrainingTask]:
         """The first `count` training tasks of the run; none is taken."""
-        return list(islice(self.own, count)) or list(islice(self._scenario.tasks(Split.TRAIN, self._seed), count))
+        return list(islice(self.own, count)) or list(islice(draw_tasks(self._scenario, Split.TRAIN, self._seed), count))
 
     def take(self, count: int) -> list[TrainingTask]:
         """The next `count` tasks. Raises `ScenarioError` when the scenario's training tasks end."""

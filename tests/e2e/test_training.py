@@ -398,7 +398,8 @@ def test_failures_are_kept_and_too_many_end_the_run(settings: Callable[..., dict
         failures = store.failures(limit=100)
     assert [row["update"] for row in failures] == [1] * 4 + [2] * 4 + [3] * 12
     assert failures[0]["task_id"] == "train-2"
-    assert failures[0]["error"] == "KeyError: 'piece'"
+    line = Fragile.play.__code__.co_firstlineno + 2
+    assert failures[0]["error"] == f"KeyError: 'piece' (test_training.py:{line} in play)"
 
 
 def test_failures_within_the_share_are_left_out_of_training(

@@ -161,6 +161,22 @@ def test_a_choice_set_seen_in_few_prompts_gets_none_unless_these_are_all() -> No
     assert set(fitted(prefers(PRIOR), seen).biases) == {("seat", COLOURS), ("other", rare)}
 
 
+def test_a_refused_prompt_is_left_out() -> None:
+    calibration = Calibration(recording=True)
+    for number in (0, 1):
+        calibration.saw("seat", COLOURS, ask(number, COLOURS))
+    calibration.forget("seat", COLOURS, ask(1, COLOURS))
+    calibration.forget("seat", None, ask(0, COLOURS))
+    calibration.forget("another", COLOURS, ask(0, COLOURS))
+    engine = prefers(PRIOR)
+    asyncio.run(calibration.fit(engine, 0))
+    assert {request.prompt_ids for request in engine.requests} == {ask(0, COLOURS).prompt_ids}
+    alone = Calibration(recording=True)
+    alone.saw("seat", COLOURS, ask(1, COLOURS))
+    alone.forget("seat", COLOURS, ask(1, COLOURS))
+    assert asyncio.run(alone.fit(engine, 0)) == 0
+
+
 def test_nothing_is_remembered_unless_recording() -> None:
     calibration = Calibration()
     calibration.saw("seat", COLOURS, ask(0, COLOURS))

@@ -151,6 +151,25 @@ def test_exact_figures_of_the_current_policies_are_to_be_had_alone() -> None:
     assert asyncio.run(evaluator(Quiz()).exact()) == {}
 
 
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        (float("nan"), "exact figure 'yes' is nan; it must be a finite number"),
+        ("much", "exact figure 'yes' is 'much'"),
+        (None, r"exact raised ZeroDivisionError: no figure \(test_evaluation.py:\d+ in exact\)"),
+    ],
+)
+def test_exact_figures_that_are_none_are_named(figure: Any, said: str) -> None:
+    class Odd(Exact):
+        async def exact(self, table: Table) -> Any:
+            if figure is None:
+                raise ZeroDivisionError("no figure")
+            return {"yes": figure}
+
+    with pytest.raises(ScenarioError, match=said):
+        asyncio.run(evaluator(Odd()).exact())
+
+
 def test_progress_counts_all_players_and_ends_at_the_end() -> None:
     told: list[tuple[str, int, int]] = []
     asyncio.run(evaluator(Quiz()).all(40, Split.HELDOUT, lambda *step: told.append(step)))
@@ -170,6 +189,19 @@ def test_a_task_that_fails_is_named() -> None:
     with pytest.raises(ScenarioError, match="held-out task 'heldout-5-3' failed: ValueError: torn page"):
         measured(quiz)
     assert measured(quiz, 3).tasks == 3
+
+
+def test_a_few_tasks_may_fail_and_are_left_out() -> None:
+    quiz = Quiz()
+    quiz.broken = "heldout-5-3"
+    where = evaluator(quiz)
+    where.max_failed_share = 0.1
+    found = asyncio.run(where.all(10, Split.HELDOUT, lambda *told: None))
+    assert {player: m.failed for player, m in found.measured.items()} == dict.fromkeys(PLAYERS, 1)
+    assert found.as_dict()["players"]["trained"]["failed"] == 1
+    assert "(up to 1 failed and are left out)" in found.table().plain()
+    with pytest.raises(ScenarioError, match=r"1 of 9 failed, more than rollout.max_failed_share \(0.1\) allows"):
+        asyncio.run(where.all(9, Split.HELDOUT, lambda *told: None))
 
 
 def test_more_models_than_seats_are_all_measured() -> None:

@@ -369,9 +369,9 @@ def test_a_failed_episode_is_recorded_and_the_others_go_on() -> None:
 
     episodes, failed = groups(runner(play), make_task(task_id="good"), make_task(task_id="bad"))
     assert [e.episode_id for e in episodes] == [f"3.0.{k}" for k in range(4)]
-    assert failed == [
-        FailedEpisode(f"3.1.{k}", make_task(task_id="bad"), "ZeroDivisionError: no way") for k in range(4)
-    ]
+    line = play.__code__.co_firstlineno + 3
+    said = f"ZeroDivisionError: no way (test_runner.py:{line} in play)"
+    assert failed == [FailedEpisode(f"3.1.{k}", make_task(task_id="bad"), said) for k in range(4)]
 
 
 def test_a_broken_engine_is_not_the_scenarios_failure() -> None:

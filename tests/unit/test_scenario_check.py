@@ -6,13 +6,15 @@ import asyncio
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.base import ScenarioOptions, Script, Table
-from coterie.scenarios.check import check
+from coterie.scenarios.check import check, examine
+from coterie.scenarios.check_plays import Hooks
 from coterie.types import Observation, Outcome, PlayerCard, Seat, Split, Strategy, TaskType, TrainingMode, TrainingTask
 from tests.support.tables import make_table, make_task
 
@@ -178,9 +180,168 @@ class BadScript(Good):
     scripts: Mapping[str, Script] = {"rude": lambda observation, choices, rng: "never"}
 
 
+class SeatUnasked(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        await table["one"].act(Observation("Say it."), choices=("a", "b"))
+        return Outcome({"one": 1.0, "two": 1.0})
+
+
+class NotAnOutcome(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        return None  # type: ignore[return-value]
+
+
+class NotATask(Good):
+    def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
+        yield "task"  # type: ignore[misc]
+
+
+class NotASeat(Good):
+    def seats(self, task: TrainingTask) -> Sequence[Seat]:
+        return ["one", "two"]  # type: ignore[list-item]
+
+
+class OneMovesFirst(Good):
+    """The second sees what the first said."""
+
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        first = await table["one"].act(Observation("Hide."), choices=("left", "right"))
+        second = await table["two"].act(Observation("Seek."), choices=("left", "right"))
+        found = float(first.choice == second.choice)
+        return Outcome({"one": 1 - found, "two": found})
+
+
+class LuckyOne(Good):
+    """Chance favours the first seat a little."""
+
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        for seat in table.seats:
+            await table[seat].act(Observation("Roll."), choices=("low", "high"))
+        won = float(table.rng.random() < 0.7)
+        return Outcome({"one": won, "two": 1 - won})
+
+
+class Dealt(LuckyOne):
+    """Chance favours nobody; what a seat gets differs from play to play."""
+
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        await super().play(task, table)
+        won = float(table.rng.random() < 0.5)
+        return Outcome({"one": won, "two": 1 - won})
+
+
+class OtherQuestionsInChinese(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        if table.language == "zh":
+            await table["two"].act(Observation("你好"), choices=("a", "b"))
+        return await super().play(task, table)
+
+
+class OtherOrderInChinese(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        right = 0 if table.language == "en" else 1
+        turns = [await table[seat].act(Observation(table.language), choices=("a", "b")) for seat in table.seats]
+        return Outcome({turn.seat_id: float(turn.choice == right) for turn in turns})
+
+
+class WillNotBeCancelled(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        try:
+            return await super().play(task, table)
+        except asyncio.CancelledError:
+            return Outcome({"one": 0.0, "two": 0.0})
+
+
+class RaisesWhenCancelled(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        try:
+            return await super().play(task, table)
+        except asyncio.CancelledError:
+            raise ValueError("not now") from None
+
+
+class EndsLateWhenCancelled(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        try:
+            return await super().play(task, table)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.2)
+            raise
+
+
+class LeavesATask(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        self.clock = asyncio.create_task(asyncio.sleep(30))
+        return await super().play(task, table)
+
+
+class LeavesATaskWhenCancelled(Good):
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        clock = asyncio.create_task(asyncio.sleep(30))
+        outcome = await super().play(task, table)
+        clock.cancel()
+        return outcome
+
+
+class Guess(Good):
+    """Both say yes or no; the metric is how often both agree."""
+
+    async def play(self, task: TrainingTask, table: Table) -> Outcome:
+        seen = Observation(f"Say {task.content['word']}.")
+        turns = [await table[seat].act(seen, choices=("yes", "no")) for seat in table.seats]
+        agreed = float(turns[0].choice == turns[1].choice)
+        return Outcome(dict.fromkeys(table.seats, agreed), metrics={"agreed": agreed})
+
+    async def exact(self, table: Table) -> Mapping[str, float]:
+        """Mean over the words of the side."""
+        words = self.words[table.task.split]
+        return {"agreed": sum([await self.at(table, word) for word in words]) / len(words)}
+
+    async def at(self, table: Table, word: str) -> float:
+        one, two = [await table[seat].distribution(Observation(f"Say {word}."), ("yes", "no")) for seat in table.seats]
+        return sum(p * q for p, q in zip(one, two, strict=True))
+
+
+class GuessOfOneTask(Guess):
+    """Its figures are of the task at the table."""
+
+    async def exact(self, table: Table) -> Mapping[str, float]:
+        return {"agreed": await self.at(table, table.task.content["word"])}
+
+
+class GuessWrong(Guess):
+    async def exact(self, table: Table) -> Mapping[str, float]:
+        return {"agreed": 1.0 - (await super().exact(table))["agreed"] * 0.5}
+
+
+class GuessWrongOfOneTask(GuessOfOneTask):
+    async def exact(self, table: Table) -> Mapping[str, float]:
+        return {"agreed": (await super().exact(table))["agreed"] ** 2}
+
+
+class GuessOtherNames(Guess):
+    async def exact(self, table: Table) -> Mapping[str, float]:
+        return {"agreement": 7.0}
+
+
 @pytest.mark.parametrize(
     ("scenario", "problem"),
     [
+        (SeatUnasked, "seat 'two' is never asked for a turn, so whoever holds it learns nothing"),
+        (NotAnOutcome, "play returned None"),
+        (NotATask, "tasks(train) gives 'task'"),
+        (NotASeat, "task 'train-b': seats() gives ['one', 'two']"),
+        (OneMovesFirst, "'two' is said to be symmetric_with 'one', but it matters who sits where"),
+        (LuckyOne, "'two' is said to be symmetric_with 'one', but it matters who sits where"),
+        (OtherQuestionsInChinese, "question 1: in zh it asks other questions than in en"),
+        (OtherOrderInChinese, "the same choices score differently in zh and in en"),
+        (WillNotBeCancelled, "cancelled at question 1: a cancelled play goes on and returns an outcome"),
+        (RaisesWhenCancelled, "a cancelled play raises ValueError: not now"),
+        (EndsLateWhenCancelled, "a cancelled play does not end within 0.05 s"),
+        (LeavesATask, "a play leaves tasks of its own running: sleep"),
+        (LeavesATaskWhenCancelled, "cancelled at question 1: a cancelled play leaves tasks of its own running: sleep"),
+        (GuessWrong, "exact figure 'agreed' is not what playing gives"),
+        (GuessWrongOfOneTask, "exact figure 'agreed' is not what playing gives"),
         (NoOptions, "Options must be a subclass"),
         (OtherTasksEachTime, "gives other tasks when called again with the same seed"),
         (TrainEnds, "tasks(train) ends after 2 tasks"),
@@ -213,6 +374,54 @@ class BadScript(Good):
 def test_each_fault_is_found(scenario: type[Good], problem: str) -> None:
     found = check(scenario(), tasks=3, timeout_s=0.05)
     assert any(problem in line for line in found), found
+
+
+@pytest.mark.parametrize("scenario", [Good, Dealt, Guess, GuessOfOneTask, GuessOtherNames])
+def test_what_is_sound_is_not_suspected(scenario: type[Good]) -> None:
+    assert check(scenario()) == []
+
+
+def test_figures_that_nothing_can_be_compared_with_are_noted() -> None:
+    notes = examine(GuessOtherNames()).notes
+    assert any("no metric of play has the name" in note and "agreement" in note for note in notes)
+    assert not any("no metric of play" in note for note in examine(Guess()).notes)
+
+
+def test_claims_may_be_believed() -> None:
+    assert examine(LuckyOne(), plays=0).problems == {}
+
+
+def test_each_problem_says_how_to_mend_it_and_is_told_once() -> None:
+    found = examine(SharedContent())
+    (problem,) = found.problems.values()
+    assert problem.where == "task 'heldout-b'"
+    assert problem.mend == "divide words, numbers or seeds between the sides before tasks are made of them"
+    told = found.as_dict()
+    assert (told["passed"], len(told["problems"]), told["tasks"]) == (False, 1, 4)
+    assert told["plays"] == found.plays > 8
+
+
+def test_prompts_must_fit_and_modes_must_not_pay_more_than_the_pool() -> None:
+    hooks = Hooks(tokens=lambda seen, choices, most: len(seen.user) + len(choices or ()), context=7)
+    (problem,) = examine(Good(), hooks=hooks).problems.values()
+    assert problem.what == "seat 'one' is shown a prompt that does not fit the base model's 7 tokens"
+    assert problem.where.endswith("8 tokens")
+    assert examine(Good(), hooks=replace(hooks, context=8)).problems == {}
+
+    def generous(mode: TrainingMode, task: TrainingTask, scores: Any, teams: Any) -> Any:
+        assert teams == {"one": "team 0", "two": "team 1"}
+        return dict.fromkeys(scores, 0.6 if mode is TrainingMode.MIXED else 0.5)
+
+    found = examine(Good(), hooks=Hooks(divide=generous))
+    assert [problem.what for problem in found.problems.values()] == ["mode mixed pays 1.2 of a pool of 1"]
+
+
+def test_progress_is_told_before_every_play() -> None:
+    told: list[str] = []
+    found = examine(Good(), hooks=Hooks(progress=told.append))
+    assert told[0] == "drawing tasks"
+    assert "task 'train-a', language zh, a leader is heard" in told
+    assert len(told) > 0.9 * found.plays
 
 
 def test_after_a_play_that_does_not_end_no_other_is_tried() -> None:

@@ -57,7 +57,7 @@ def check_parts(config: RunConfig) -> None:
             'the config names no models; add [[models]] tables or a preset, for example preset = "cooperative_team"'
         )
     build_scenario(config.scenario.id, config.scenario.options)
-    build_mode(config.mode)
+    build_mode(config.mode, config.custom_mode)
     build_credit(config.credit, config.mode)
 
 

@@ -11,9 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from coterie.cli.bench import bench
+from coterie.cli.check import check
 from coterie.cli.common import say, say_error
 from coterie.cli.doctor import doctor
 from coterie.cli.eval import evaluate
+from coterie.cli.init import init
 from coterie.cli.models import app as models
 from coterie.cli.play import play
 from coterie.cli.serve import serve
@@ -47,6 +49,8 @@ app = typer.Typer(
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("play")(play)
+app.command("init")(init)
+app.command("check")(check)
 app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("doctor")(doctor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from coterie.errors import ConfigError
 from coterie.registry import resolve
 from coterie.types import Episode, PlayerCard, SeatId, TeamId, TrainingMode, TrainingTask
 
@@ -44,6 +45,19 @@ MODES = {
 }
 
 
-def build_mode(mode: TrainingMode) -> Mode:
-    built: Mode = resolve("mode", mode.value, MODES)()
+def build_mode(mode: TrainingMode, custom: str | None = None) -> Mode:
+    """The mode of that name, or one of the user's own that goes by it.
+
+    Args:
+        custom: "module:attr" or an installed entry point; a class without arguments whose `name` is `mode`.
+
+    Raises:
+        ConfigError: there is no such class, or it goes by another name.
+    """
+    built: Mode = resolve("mode", mode.value if custom is None else custom, MODES)()
+    if built.name != mode:
+        raise ConfigError(
+            f"custom_mode {custom!r} goes by {built.name!s} (its `name`), which decides prompts and credit; "
+            f"set mode = {str(built.name)!r} too"
+        )
     return built

@@ -45,13 +45,18 @@ class Calibration:
         if self.recording and choices is not None:
             self.seen.setdefault((seat_id, tuple(choices)), {})[request.prompt_ids] = request
 
+    def forget(self, seat_id: SeatId, choices: Sequence[str] | None, request: GenerateRequest) -> None:
+        """Leave out a prompt that the engine refused; it would refuse it again."""
+        if self.recording and choices is not None:
+            self.seen.get((seat_id, tuple(choices)), {}).pop(request.prompt_ids, None)
+
     async def fit(self, engine: Engine, stop_id: int | None) -> int:
         """Find the biases from the prompts seen, under the bare base. Returns how many choice sets got one."""
         prompts: dict[SeatId, int] = {}
         for (seat_id, _), requests in self.seen.items():
             prompts[seat_id] = prompts.get(seat_id, 0) + len(requests)
         for (seat_id, choices), requests in self.seen.items():
-            if len(requests) >= min(MIN_PROMPTS, prompts[seat_id]):
+            if requests and len(requests) >= min(MIN_PROMPTS, prompts[seat_id]):
                 found = await _fit_one(engine, list(requests.values()), None, stop_id)
                 if found:
                     self.biases[seat_id, choices] = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, CoterieError, ScenarioError, cause
 from coterie.models import LoRAModel
 from coterie.rollout.table import Holder
 from coterie.scenarios.base import Scenario
@@ -63,10 +63,45 @@ def assign(
     return holders
 
 
+def seats_of(scenario: Scenario, task: TrainingTask) -> Sequence[Seat]:
+    """The scenario's seats for a task. Raises `ScenarioError` when it raises, or when they cannot be sat on."""
+    try:
+        seats = list(scenario.seats(task))
+    except CoterieError:
+        raise
+    except Exception as error:
+        raise ScenarioError(f"task {task.task_id!r}: seats() raised {cause(error)}") from error
+    odd = [seat for seat in seats if not isinstance(seat, Seat)]
+    if odd or not seats:
+        raise ScenarioError(f"task {task.task_id!r}: seats() gave {odd[0] if odd else 'nothing'!r}; give Seat(…)s")
+    ids = [seat.seat_id for seat in seats]
+    doubled = sorted({seat_id for seat_id in ids if ids.count(seat_id) > 1})
+    if doubled:
+        raise ScenarioError(
+            f"task {task.task_id!r}: seats() gave the seat {doubled[0]!r} {ids.count(doubled[0])} times"
+        )
+    return seats
+
+
 def check_seats(scenario: Scenario, tasks: Sequence[TrainingTask], models: Sequence[LoRAModel]) -> None:
-    """Raises `ConfigError` naming the first task for whose seats there are too few models, or not the right ones."""
-    # most tasks have the same seats
-    for seats, task in {tuple(scenario.seats(task)): task for task in reversed(tasks)}.items():
+    """Before anything long: whether the models can take the seats of these tasks.
+
+    A task whose seats cannot be had at all fails its episodes when it is played; here only if that is so of every task.
+
+    Raises:
+        ConfigError: names the first task for whose seats there are too few models, or not the right ones.
+        ScenarioError: no task has seats that can be sat on.
+    """
+    kinds: dict[tuple[Seat, ...], TrainingTask] = {}  # most tasks have the same seats
+    broken: list[ScenarioError] = []
+    for task in tasks:
+        try:
+            kinds.setdefault(tuple(seats_of(scenario, task)), task)
+        except ScenarioError as error:
+            broken.append(error)
+    if broken and not kinds:
+        raise broken[0]
+    for seats, task in kinds.items():
         try:
             assign(seats, models)
         except ConfigError as error:

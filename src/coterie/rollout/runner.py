@@ -1,7 +1,8 @@
 """Playing many episodes at once.
 
 Every episode of an update is a coroutine; the engine batches whatever they ask at the same time. An episode that
-raises becomes a `FailedEpisode` with its cause, and the others go on; only an engine that is broken ends them all.
+raises, does not end, or ends in what is no outcome becomes a `FailedEpisode` with its cause, and the others go on; only
+an engine that is broken ends them all. `rollout.limits` says how a play is stopped.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coterie.errors import EngineError, RequestError, ScenarioError
+from coterie.errors import EngineError, RequestError, ScenarioError, cause
 from coterie.models import LoRAModel
-from coterie.rollout.matchmaking import assign, frozen_as
+from coterie.rollout.limits import Watch
+from coterie.rollout.matchmaking import assign, frozen_as, seats_of
 from coterie.rollout.table import EpisodeTable, Holder, TableServices, stable_seed
 from coterie.scenarios.base import Scenario
 from coterie.types import (
@@ -47,10 +49,16 @@ class Runner:
     def __init__(self, scenario: Scenario, services: TableServices) -> None:
         self.scenario = scenario
         self.services = services
+        self._watch = Watch(services.episode_timeout_s)
 
     def seating(self, task: TrainingTask, models: Sequence[LoRAModel], turn: int, rotate: bool) -> dict[SeatId, Holder]:
-        """Who sits where when `task` is played for the `turn`-th time."""
-        return assign(self.scenario.seats(task), models, turn=turn, rotate=rotate)
+        """Who sits where when `task` is played for the `turn`-th time.
+
+        Raises:
+            ScenarioError: the scenario's seats() raises, or gives what are no seats.
+            ConfigError: there are too few models for them.
+        """
+        return assign(seats_of(self.scenario, task), models, turn=turn, rotate=rotate)
 
     async def groups(
         self,
@@ -67,19 +75,26 @@ class Runner:
         With `rotate`, the two halves of a group are played with the models moved on by one seat each (or more halves,
         for more models): siblings that credit compares always have the same seating.
         """
-        plans = []
+        plans, unseated = [], []
         for number, task in enumerate(tasks):
             turn = update * len(tasks) + number
             shifts = len(models) if rotate else 1
-            seatings = [self.seating(task, models, turn + shift, rotate) for shift in range(min(shifts, group_size))]
-            for k in range(group_size):
+            numbers = [f"{update}.{number}.{k}" for k in range(group_size)]
+            try:
+                seatings = [self.seating(task, models, turn + k, rotate) for k in range(min(shifts, group_size))]
+            except ScenarioError as error:
+                unseated += [FailedEpisode(episode_id, task, cause(error)) for episode_id in numbers]
+                continue
+            for k, episode_id in enumerate(numbers):
                 group = f"{update}.{number}" + (f".{k % shifts}" if rotate else "")
-                plans.append(Plan(task, seatings[k % shifts], f"{update}.{number}.{k}", group, update, withhold))
-        return await self.play(plans)
+                plans.append(Plan(task, seatings[k % shifts], episode_id, group, update, withhold))
+        episodes, failed = await self.play(plans)
+        return episodes, [*unseated, *failed]
 
     async def play(self, plans: Sequence[Plan]) -> tuple[list[Episode], list[FailedEpisode]]:
         """Play all plans concurrently; results are in the order of `plans`."""
-        results = await asyncio.gather(*(self._guarded(plan) for plan in plans))
+        with self._watch.watching():
+            results = await asyncio.gather(*(self._guarded(plan) for plan in plans))
         episodes = [r for r in results if isinstance(r, Episode)]
         failed = [r for r in results if isinstance(r, FailedEpisode)]
         return episodes, failed
@@ -91,7 +106,7 @@ class Runner:
             # a scenario is foreign code, and what it asks may be refused: its failure is recorded, not fatal
             if isinstance(error, EngineError) and not isinstance(error, RequestError):
                 raise  # a broken engine fails every episode
-            return FailedEpisode(plan.episode_id, plan.task, f"{type(error).__name__}: {error}")
+            return FailedEpisode(plan.episode_id, plan.task, cause(error))
 
     async def calibrate(self, tasks: Sequence[TrainingTask], models: Sequence[LoRAModel], rotate: bool) -> int:
         """Find the biases of choices from these tasks, played by the bare base in the seats of `models`.
@@ -102,7 +117,10 @@ class Runner:
         base = {model.model_id: None for model in models}
         plans = []
         for number, task in enumerate(tasks):
-            holders = frozen_as(self.seating(task, models, number, rotate), base)
+            try:
+                holders = frozen_as(self.seating(task, models, number, rotate), base)
+            except ScenarioError:  # its episodes will fail, and say why, when it is trained on
+                continue
             plans.append(Plan(task, holders, f"calibrate.{number}", "calibrate", 0))
         services.calibration.recording = True
         await self.play(plans)
@@ -131,10 +149,14 @@ class Runner:
     async def one(self, plan: Plan) -> Episode:
         """Play one episode. Raises what the scenario raises, and `ScenarioError` for a broken outcome."""
         table = self.table(plan)
-        outcome = await self.scenario.play(plan.task, table)
+        try:
+            outcome = await self._watch.drive(self.scenario.play(plan.task, table), table.clock)
+        finally:
+            table.closed = True
         check_outcome(outcome, table.seats)
         teams: dict[SeatId, TeamId | None] = {s: h.card.team for s, h in plan.holders.items()}
         rewards = self.services.mode.rewards(plan.task, outcome.scores, teams)
+        check_rewards(rewards, plan.task, table.seats)
         turns = table.turns()
         return Episode(
             episode_id=plan.episode_id,
@@ -153,14 +175,30 @@ class Runner:
 
 def check_outcome(outcome: Outcome, seats: Sequence[SeatId]) -> None:
     """Raise `ScenarioError` unless every seat has a finite score in [0, 1] and accuracies are of known seats."""
+    if not isinstance(outcome, Outcome):
+        raise ScenarioError(f"play returned {outcome!r}; return an Outcome(scores)")
     if set(outcome.scores) != set(seats):
         raise ScenarioError(f"outcome scores seats {sorted(outcome.scores)}, but the table has {sorted(seats)}")
     for what, values in (("score", outcome.scores), ("accuracy", outcome.accuracy)):
         for seat, value in values.items():
             if seat not in seats:
                 raise ScenarioError(f"outcome has {what} for unknown seat {seat!r}")
+            if not isinstance(value, int | float):
+                raise ScenarioError(f"{what} of seat {seat!r} is {value!r}; it must be a Python number in [0, 1]")
             if not (math.isfinite(value) and -1e-9 <= value <= 1 + 1e-9):
                 raise ScenarioError(f"{what} of seat {seat!r} is {value}, outside [0, 1]")
+    for name, value in outcome.metrics.items():
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ScenarioError(f"metric {name!r} is {value!r}; it must be a finite number")
+
+
+def check_rewards(rewards: Mapping[SeatId, float], task: TrainingTask, seats: Sequence[SeatId]) -> None:
+    """Raise `ScenarioError` unless a mode paid every seat a finite reward, and no more than the pool in all."""
+    if set(rewards) != set(seats) or not all(math.isfinite(reward) for reward in rewards.values()):
+        raise ScenarioError(f"the mode paid {dict(rewards)}; every seat of {sorted(seats)} needs a finite reward")
+    total = math.fsum(rewards.values())
+    if total > task.reward_pool * (1 + 1e-9):
+        raise ScenarioError(f"the mode paid {total:g} in all, more than the task's reward_pool of {task.reward_pool:g}")
 
 
 def with_services(runner: Runner, **changes: object) -> Runner:

@@ -10,14 +10,16 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from coterie.errors import RequestError, ScenarioError
 from coterie.inference.base import ChatFormat, Engine
 from coterie.modes.base import Mode
 from coterie.registry import resolve
 from coterie.rollout.calibration import Calibration
+from coterie.rollout.limits import Clock
 from coterie.scenarios.base import Script
+from coterie.scenarios.question import check_question
 from coterie.types import (
     AdapterVersion,
     GenerateRequest,
@@ -70,6 +72,8 @@ class TableServices:
     language: str
     seed: int
     ask: Ask | None = None
+    episode_timeout_s: float = 60.0
+    """Most of an episode's own time (see `rollout.limits`)."""
 
 
 class EpisodeTable:
@@ -91,6 +95,9 @@ class EpisodeTable:
         self.seats: tuple[SeatId, ...] = tuple(holders)
         self.episode_id = episode_id
         self.withheld = withheld
+        self.clock = Clock()
+        self.closed = False
+        """Whether the episode is over; what a scenario left running takes no more turns."""
         self._handles = {seat_id: EpisodeSeat(self, holder) for seat_id, holder in holders.items()}
         self._rng: random.Random | None = None
 
@@ -143,24 +150,37 @@ class EpisodeSeat:
     ) -> Turn:
         """See `SeatHandle.act`."""
         table = self.table
+        if table.closed:
+            raise ScenarioError(f"seat {self.card.seat_id!r} was asked for a turn after its episode was over")
         if len(self.turns) >= table.task.max_steps:
             raise ScenarioError(
                 f"seat {self.card.seat_id!r} was asked for more than {table.task.max_steps} turns (task.max_steps)"
             )
+        check_question(self.card.seat_id, observation, choices, max_tokens)
         player = self.holder.player
-        if isinstance(player, Scripted | Person):
-            turn = self._told(observation, choices, kind, player)
-        else:
-            turn = await self._generated(observation, choices, max_tokens, kind)
+        table.clock.stop()
+        try:
+            if isinstance(player, Scripted | Person):
+                turn = self._told(observation, choices, kind, player)
+            else:
+                turn = await self._generated(observation, choices, max_tokens, kind)
+        finally:
+            table.clock.go_on()
         self.turns.append(turn)
+        table.clock.start()
         return turn
 
     async def distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
         """See `SeatHandle.distribution`. Raises `ScenarioError` for a seat that no model holds."""
         if isinstance(self.holder.player, Scripted | Person):
             raise ScenarioError(f"seat {self.card.seat_id!r} is held by no model; it has no distribution")
+        check_question(self.card.seat_id, observation, choices, 1)
         request = self._request(observation, choices, 1, temperature=1.0, distribution=True)
-        generation = await self._generate(request)
+        self.table.clock.stop()
+        try:
+            generation = await self._generate(request)
+        finally:
+            self.table.clock.go_on()
         assert generation.choice_probs is not None
         return generation.choice_probs
 
@@ -201,7 +221,11 @@ class EpisodeSeat:
         services = self.table.services
         request = self._request(observation, choices, max_tokens, temperature=services.temperature)
         services.calibration.saw(self.card.seat_id, choices, request)
-        made = await self._generate(request)
+        try:
+            made = await self._generate(request)
+        except RequestError:
+            services.calibration.forget(self.card.seat_id, choices, request)
+            raise
         if choices is not None and made.choice is not None:
             text = choices[made.choice]
         else:
@@ -237,9 +261,7 @@ class EpisodeSeat:
             tier = Tier.HUMAN
         else:
             rng = random.Random(stable_seed(services.seed, self.table.episode_id, self.card.seat_id, len(self.turns)))
-            script: Script | None = services.scripts.get(player.name)
-            if script is None:
-                script = resolve("script", player.name, dict.fromkeys(services.scripts, ""))
+            script = services.scripts.get(player.name) or _own_script(player.name, tuple(services.scripts))
             text = script(observation, choices or (), rng)
             tier = Tier.SCRIPT
         choice = list(choices).index(text) if choices is not None and text in choices else None
@@ -252,6 +274,13 @@ class EpisodeSeat:
             logprobs=(), allowed=None, bias=None, temperature=1.0, entropy=(), text=text, choice=choice,
             valid=True, tier=tier,
         )  # fmt: skip
+
+
+@cache
+def _own_script(name: str, known: tuple[str, ...]) -> Script:
+    """A script that is none of the scenario's; looked up once, because that takes milliseconds."""
+    script: Script = resolve("script", name, dict.fromkeys(known, ""))
+    return script
 
 
 @lru_cache(maxsize=65536)

@@ -21,7 +21,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coterie.config import explain
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, CoterieError, ScenarioError, cause
 from coterie.registry import resolve
 from coterie.types import Observation, Outcome, PlayerCard, Seat, SeatId, Split, Strategy, TrainingTask, Turn
 
@@ -144,6 +144,19 @@ SCENARIOS = {
     "taboo": "coterie.scenarios.taboo:Taboo",
     "bargaining": "coterie.scenarios.bargaining:Bargaining",
 }
+
+
+def draw_tasks(scenario: Scenario, split: Split, seed: int) -> Iterator[TrainingTask]:
+    """`scenario.tasks`, with whatever it does wrong said as a `ScenarioError`."""
+    try:
+        for task in scenario.tasks(split, seed):
+            if not isinstance(task, TrainingTask):
+                raise ScenarioError(f"tasks({split}) gave {task!r}; give TrainingTask(…)s")
+            yield task
+    except CoterieError:
+        raise
+    except Exception as error:
+        raise ScenarioError(f"tasks({split}) raised {cause(error)}") from error
 
 
 def build_scenario(name: str, options: Mapping[str, object]) -> Scenario:

@@ -4,34 +4,31 @@
     assert not problems, "\\n".join(problems)
 
 Tasks are drawn and compared, then played at practice tables: in both languages, with nobody heard, everybody heard, a
-leader heard, and advice withheld; by random answers, and by the scenario's own scripts. Each problem is one plain
-sentence, reported once, with the first task it was seen on.
+leader heard, and advice withheld; by random answers, and by the scenario's own scripts; to their end, and cancelled in
+the middle. Then what is claimed is put to the test: that seats are alike (`symmetric_with`), and that `exact` gives
+what playing gives on average. `examine` also says how to mend each problem; ``coterie check`` prints that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import islice
-from typing import Final, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, Scenario, ScenarioOptions, Script
-from coterie.scenarios.practice import Answer, Hearing, PracticeTable, everyone, nobody
-from coterie.types import (
-    ModelRole,
-    Observation,
-    Outcome,
-    PlayerCard,
-    Seat,
-    SeatId,
-    Split,
-    TrainingMode,
-    TrainingTask,
-)
+from coterie.errors import cause
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, Scenario, ScenarioOptions
+from coterie.scenarios.check_claims import check_exact, check_symmetry
+from coterie.scenarios.check_plays import Hooks, StuckError, check_plays, name_of
+from coterie.scenarios.findings import Findings
+from coterie.types import Seat, Split, TrainingTask
+
+Drawn = tuple[int, TrainingTask]
+"""The seed a task was drawn by, and the task."""
+_EXACT_TASKS = 3
+"""Tasks at which exact figures are asked for twice, in both languages."""
 
 
 @runtime_checkable
@@ -41,217 +38,179 @@ class SingleTask(Protocol):
     single_task: bool
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """One way of seating the players."""
-
-    name: str
-    mode: TrainingMode
-    role: ModelRole
-    hearing: Hearing
-    led: bool = False
-    withheld: bool = False
-
-    def table(
-        self, task: TrainingTask, seats: Sequence[Seat], *, seed: int, language: str, answer: Answer | None = None
-    ) -> PracticeTable:
-        cards = [
-            PlayerCard(seat.seat_id, None, ModelRole.LEADER if self.led and i == 0 else self.role, "team")
-            for i, seat in enumerate(seats)
-        ]
-        return PracticeTable(
-            task,
-            seats,
-            seed=seed,
-            answer=answer,
-            cards=cards,
-            mode=self.mode,
-            language=language,
-            hearing=self.hearing,
-            withheld=[seat.seat_id for seat in seats] if self.withheld else (),
-        )
-
-
-_SETTINGS: Final = (
-    _Setting("nobody is heard", TrainingMode.COMPETITIVE, ModelRole.COMPETITOR, nobody),
-    _Setting("everybody is heard", TrainingMode.COOPERATIVE, ModelRole.TEAMMATE, everyone),
-    _Setting("a leader is heard", TrainingMode.COOPERATIVE, ModelRole.FOLLOWER, everyone, led=True),
-    _Setting("advice is withheld", TrainingMode.MIXED, ModelRole.TEAMMATE, everyone, withheld=True),
-)
-
-
-class _StuckError(Exception):
-    """A play did not end."""
-
-
-@dataclass
-class _Problems:
-    found: dict[str, str] = field(default_factory=dict)
-
-    def add(self, problem: str, where: str = "") -> None:
-        """Keep the first place a problem was seen at."""
-        self.found.setdefault(problem, where)
-
-    def lines(self) -> list[str]:
-        return [f"{where}: {problem}" if where else problem for problem, where in self.found.items()]
-
-
 def check(scenario: Scenario, *, seeds: Sequence[int] = (0, 1), tasks: int = 20, timeout_s: float = 10.0) -> list[str]:
     """What is wrong with a scenario; an empty list if nothing was found. Not to be called inside a running event loop.
+
+    The arguments are those of `examine`.
+    """
+    return examine(scenario, seeds=seeds, tasks=tasks, timeout_s=timeout_s).lines()
+
+
+def examine(
+    scenario: Scenario,
+    *,
+    seeds: Sequence[int] = (0, 1),
+    tasks: int = 20,
+    timeout_s: float = 10.0,
+    plays: int = 1000,
+    hooks: Hooks | None = None,
+) -> Findings:
+    """What is wrong with a scenario, how to mend it, and what is worth knowing of it. Not inside a running event loop.
 
     Args:
         seeds: of the tasks and of the play; at least two different ones.
         tasks: looked at for each seed and side; all of them are played, so keep it small.
         timeout_s: for one play; after one that does not end, no other is tried. A loop that never awaits cannot be
             interrupted.
+        plays: with which a claim is put to the test (symmetry, exact figures); 0: claims are believed.
+        hooks: what this module does not know: tokens, modes, and who wants to hear how far it is.
     """
-    problems = _Problems()
+    hooks = hooks or Hooks()
+    found = Findings()
     options = getattr(scenario, "Options", None)  # probing is this function's job
     if not (isinstance(options, type) and issubclass(options, ScenarioOptions)):
-        problems.add("Options must be a subclass of coterie.scenarios.base.ScenarioOptions")
+        found.add(
+            "Options must be a subclass of coterie.scenarios.base.ScenarioOptions",
+            mend="class MyOptions(ScenarioOptions): ..., then Options = MyOptions in the scenario's class",
+        )
     before = random.getstate()
-    drawn = _draw(scenario, seeds, tasks, problems)
-    for seed, task in drawn:
-        seats = _check_seats(scenario, task, problems)
-        if not seats:
-            continue
-        try:
-            asyncio.run(_check_play(scenario, task, seats, seed, timeout_s, problems))
-        except _StuckError:
-            break  # every other play would take as long
+    hooks.progress("drawing tasks")
+    drawn = _draw(scenario, seeds, tasks, found)
+    found.tasks = len(drawn)
+    seated = [(seed, task, seats) for seed, task in drawn if (seats := _check_seats(scenario, task, found))]
+    asked: set[str] = set()
+    try:
+        for number, (seed, task, seats) in enumerate(seated):
+            work = check_plays(scenario, task, seats, seed, timeout_s, hooks, found, exact=number < _EXACT_TASKS)
+            asked |= asyncio.run(work)
+        if seated and not found.problems:
+            _never_asked([seats for _, _, seats in seated], asked, found)
+            if plays:
+                asyncio.run(check_symmetry(scenario, seated, plays, timeout_s, hooks, found))
+                if isinstance(scenario, ExactlyMeasured):
+                    asyncio.run(check_exact(scenario, seated, plays, timeout_s, hooks, found))
+    except StuckError:
+        pass  # it is reported, and every other play would take as long
     if random.getstate() != before:
-        problems.add("it uses the global random state; draw from table.rng and from the seed given to tasks()")
-    return problems.lines()
+        found.add(
+            "it uses the global random state; draw from table.rng and from the seed given to tasks()",
+            mend="replace random.random(), random.choice(...) and the like by table.rng, or random.Random(seed)",
+        )
+    _note(scenario, found)
+    return found
 
 
-def _draw(scenario: Scenario, seeds: Sequence[int], count: int, problems: _Problems) -> list[tuple[int, TrainingTask]]:
+def _note(scenario: Scenario, found: Findings) -> None:
+    if isinstance(scenario, SingleTask) and scenario.single_task:
+        found.note("training and held-out tasks share their content (single_task); a result says nothing of new ones")
+    if not isinstance(scenario, ExactlyMeasured):
+        found.note("it has no exact(table): results are means over episodes, and evaluation.until cannot be used")
+    if not isinstance(scenario, HasScripts):
+        found.note("it has no scripts: nobody that plays by a rule to compare with")
+
+
+def _draw(scenario: Scenario, seeds: Sequence[int], count: int, found: Findings) -> list[Drawn]:
     """The distinct tasks of both sides, each with the seed it was first drawn by."""
-    sides: dict[Split, dict[str, tuple[int, TrainingTask]]] = {split: {} for split in Split}
+    sides: dict[Split, dict[str, Drawn]] = {split: {} for split in Split}
     for split in Split:
         for seed in seeds:
             try:
                 drawn, again = (list(islice(scenario.tasks(split, seed), count)) for _ in range(2))
             except Exception as error:  # noqa: BLE001 - whatever it raises is what is to be reported
-                problems.add(f"tasks({split}, seed) raised {_said(error)}")
+                found.add(f"tasks({split}, seed) raised {cause(error)}", mend="let tasks() yield tasks for both sides")
                 continue
-            if drawn != again:
-                problems.add(f"tasks({split}, seed) gives other tasks when called again with the same seed")
-            if split is Split.TRAIN and len(drawn) < count:
-                problems.add(f"tasks(train) ends after {len(drawn)} tasks; it must never end")
-            if not drawn:
-                problems.add(f"tasks({split}) gives no task")
+            strangers = [task for task in drawn if not isinstance(task, TrainingTask)]
+            if strangers:
+                found.add(f"tasks({split}) gives {strangers[0]!r}", mend="yield TrainingTask(...) objects")
+                continue
+            _check_drawn(split, drawn, again, count, found)
             for task in drawn:
-                if task.split is not split:
-                    problems.add(f"tasks({split}) gives a task whose split is {task.split}", _name(task))
                 sides[split].setdefault(_content(task), (seed, task))
     shared = sides[Split.TRAIN].keys() & sides[Split.HELDOUT].keys()
     if shared and not (isinstance(scenario, SingleTask) and scenario.single_task):
         task = sides[Split.HELDOUT][min(shared)][1]
-        problems.add("a held-out task has the content of a training task; if there is only one, say single_task = True",
-                     _name(task))  # fmt: skip
+        found.add(
+            "a held-out task has the content of a training task; if there is only one, say single_task = True",
+            name_of(task),
+            mend="divide words, numbers or seeds between the sides before tasks are made of them",
+        )
     return [pair for side in sides.values() for pair in side.values()]
 
 
-def _check_seats(scenario: Scenario, task: TrainingTask, problems: _Problems) -> list[Seat]:
+def _check_drawn(
+    split: Split, drawn: Sequence[TrainingTask], again: Sequence[TrainingTask], count: int, found: Findings
+) -> None:
+    if drawn != again:
+        found.add(
+            f"tasks({split}, seed) gives other tasks when called again with the same seed",
+            mend="make random.Random(seed) inside tasks() and draw from nothing else",
+        )
+    if split is Split.TRAIN and len(drawn) < count:
+        found.add(f"tasks(train) ends after {len(drawn)} tasks; it must never end", mend="wrap it in `while True:`")
+    if not drawn:
+        found.add(f"tasks({split}) gives no task", mend="yield at least one task on each side")
+    for task in drawn:
+        if task.split is not split:
+            found.add(
+                f"tasks({split}) gives a task whose split is {task.split}", name_of(task), mend="pass split=split on"
+            )
+
+
+def _check_seats(scenario: Scenario, task: TrainingTask, found: Findings) -> list[Seat]:
     """The seats of a task, or none if they cannot be played."""
+    where = name_of(task)
     try:
         seats, again = list(scenario.seats(task)), list(scenario.seats(task))
     except Exception as error:  # noqa: BLE001 - as above
-        problems.add(f"seats() raised {_said(error)}", _name(task))
+        found.add(f"seats() raised {cause(error)}", where, mend="return a list of Seat(name), for every task")
+        return []
+    if not all(isinstance(seat, Seat) for seat in seats):
+        found.add(f"seats() gives {seats}", where, mend="return a list of Seat(name), not of names")
         return []
     ids = [seat.seat_id for seat in seats]
     if seats != again:
-        problems.add("seats() gives other seats when called again", _name(task))
+        found.add("seats() gives other seats when called again", where, mend="let them follow from the task alone")
     if len(ids) != task.required_models:
-        problems.add(f"seats() gives {len(ids)} seats, but required_models is {task.required_models}", _name(task))
+        found.add(
+            f"seats() gives {len(ids)} seats, but required_models is {task.required_models}",
+            where,
+            mend="set required_models of the task to the number of its seats",
+        )
     for seat in seats:
         if seat.symmetric_with is not None and (seat.symmetric_with not in ids or seat.symmetric_with == seat.seat_id):
-            problems.add(f"{seat.seat_id!r} is symmetric_with {seat.symmetric_with!r}, no other seat", _name(task))
+            found.add(
+                f"{seat.seat_id!r} is symmetric_with {seat.symmetric_with!r}, no other seat",
+                where,
+                mend="name another seat of this task, or leave symmetric_with out",
+            )
     if isinstance(scenario, ChecksTasks):
         try:
             scenario.check_task(task)
         except Exception as error:  # noqa: BLE001 - as above
-            problems.add(f"check_task() refuses the scenario's own task: {_said(error)}", _name(task))
+            found.add(
+                f"check_task() refuses the scenario's own task: {cause(error)}",
+                where,
+                mend="let check_task() accept whatever tasks() gives",
+            )
     if not ids or len(set(ids)) < len(ids):
-        problems.add(f"seats() gives {ids}; there must be at least one, and none twice", _name(task))
+        found.add(
+            f"seats() gives {ids}; there must be at least one, and none twice",
+            where,
+            mend="give each a name of its own",
+        )
         return []
     return seats
 
 
-async def _check_play(
-    scenario: Scenario, task: TrainingTask, seats: Sequence[Seat], seed: int, timeout_s: float, problems: _Problems
-) -> None:
-    for language in ("en", "zh"):
-        for setting in _SETTINGS:
-            where = f"{_name(task)}, language {language}, {setting.name}"
-            tables = [setting.table(task, seats, seed=seed, language=language) for _ in range(2)]
-            outcomes = [await _outcome(scenario, task, table, timeout_s, where, problems) for table in tables]
-            if None in outcomes:
-                continue
-            if outcomes[0] != outcomes[1]:
-                problems.add("the same answers and the same table.rng give another outcome", where)
-            if any(tables[0][seat].shown != tables[1][seat].shown for seat in tables[0].seats):
-                problems.add("the same answers and the same table.rng give other prompts", where)
-        setting = _SETTINGS[1]
-        if isinstance(scenario, ExactlyMeasured):
-            await _check_exact(scenario, setting.table(task, seats, seed=seed, language=language), problems)
-        if isinstance(scenario, HasScripts):
-            for name, script in scenario.scripts.items():
-                where = f"{_name(task)}, language {language}, script {name!r}"
-                table = setting.table(task, seats, seed=seed, language=language, answer=_scripted(script))
-                await _outcome(scenario, task, table, timeout_s, where, problems)
-
-
-async def _outcome(
-    scenario: Scenario, task: TrainingTask, table: PracticeTable, timeout_s: float, where: str, problems: _Problems
-) -> Outcome | None:
-    """The outcome of one play, checked; None if it raised. Raises `_StuckError` if it did not end."""
-    try:
-        outcome = await asyncio.wait_for(scenario.play(task, table), timeout_s)
-    except TimeoutError:
-        problems.add(f"play did not end within {timeout_s:g} s", where)
-        raise _StuckError from None
-    except Exception as error:  # noqa: BLE001 - as above
-        problems.add(f"play raised {_said(error)}", where)
-        return None
-    if set(outcome.scores) != set(table.seats):
-        problems.add(f"scores are of {sorted(outcome.scores)}, the seats are {sorted(table.seats)}", where)
-    strangers = sorted(set(outcome.accuracy) - set(table.seats))
-    if strangers:
-        problems.add(f"accuracy names {strangers[0]!r}, which is no seat", where)
-    for what, values in (("score", outcome.scores), ("accuracy", outcome.accuracy)):
-        for seat, value in values.items():
-            if not 0.0 <= value <= 1.0:
-                problems.add(f"the {what} of seat {seat!r} is outside 0..1", f"{where}, {value}")
-    _check_finite("metric", outcome.metrics, where, problems)
-    return outcome
-
-
-async def _check_exact(scenario: ExactlyMeasured, table: PracticeTable, problems: _Problems) -> None:
-    where = f"{_name(table.task)}, exact"
-    try:
-        first, second = await scenario.exact(table), await scenario.exact(table)
-    except Exception as error:  # noqa: BLE001 - as above
-        problems.add(f"exact raised {_said(error)}", where)
-        return
-    if first != second:
-        problems.add("exact gives other figures when called again", where)
-    if any(table[seat].turns for seat in table.seats):
-        problems.add("exact takes turns; it must ask for distributions", where)
-    _check_finite("exact figure", first, where, problems)
-
-
-def _check_finite(what: str, figures: Mapping[str, float], where: str, problems: _Problems) -> None:
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            problems.add(f"{what} {name!r} is not finite", f"{where}, {value}")
-
-
-def _scripted(script: Script) -> Answer:
-    def answer(seat: SeatId, observation: Observation, choices: Sequence[str] | None, rng: random.Random) -> str:
-        return script(observation, choices or (), rng)
-
-    return answer
+def _never_asked(seatings: Sequence[Sequence[Seat]], asked: set[str], found: Findings) -> None:
+    """Seats of models that got no turn in any play; whoever sits there learns nothing."""
+    for seats in seatings:
+        for seat in seats:
+            if seat.player is None and seat.seat_id not in asked:
+                found.add(
+                    f"seat {seat.seat_id!r} is never asked for a turn, so whoever holds it learns nothing",
+                    mend="ask it in play(), give it a Scripted player in seats(), or leave it out",
+                )
 
 
 def _content(task: TrainingTask) -> str:
@@ -259,11 +218,3 @@ def _content(task: TrainingTask) -> str:
     if not task.content:
         return f"{task.task_type}/{task.task_id}"
     return json.dumps(dict(task.content), sort_keys=True, default=repr)
-
-
-def _name(task: TrainingTask) -> str:
-    return f"task {task.task_id!r}"
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

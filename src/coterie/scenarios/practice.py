@@ -10,11 +10,14 @@ turn alone. Its turns are never trainable.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from coterie.errors import ScenarioError
+from coterie.scenarios.question import check_question
 from coterie.types import (
     ModelRole,
     Observation,
@@ -53,8 +56,19 @@ def nobody(listener: PlayerCard, speaker: PlayerCard) -> bool:
     return False
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question a table put to a seat."""
+
+    seat: SeatId
+    observation: Observation
+    choices: tuple[str, ...] | None
+    max_tokens: int
+    kind: str
+
+
 class PracticeTable:
-    """A `Table` of seats held by functions."""
+    """A `Table` of seats held by functions. `asked` has every question so far, in order."""
 
     def __init__(
         self,
@@ -69,6 +83,7 @@ class PracticeTable:
         language: str = "en",
         hearing: Hearing = everyone,
         withheld: Collection[SeatId] = (),
+        unanswered: int | None = None,
     ) -> None:
         """
         Args:
@@ -77,6 +92,8 @@ class PracticeTable:
             cards: of seats that are not neutral, teamless strangers.
             hearing: who may hear whom; nobody ever hears itself.
             withheld: speakers whose advice is not delivered.
+            unanswered: the question, counted from 0, that never gets an answer; for trying what a play does when it
+                is cancelled.
 
         Raises:
             ScenarioError: a card or a withheld speaker is of no seat.
@@ -92,8 +109,12 @@ class PracticeTable:
         self.strategy = Strategy.of(task, mode, any(card.role is ModelRole.LEADER for card in known.values()))
         self._hearing = hearing
         self._withheld = frozenset(withheld)
+        self.asked: list[Asked] = []
+        self.unanswered = unanswered
+        self.waits = asyncio.Event()
+        """Set once the unanswered question was asked."""
         self._handles = {
-            seat: PracticeSeat(known.get(seat, PlayerCard(seat, None)), task, seed, answer, probabilities)
+            seat: PracticeSeat(self, known.get(seat, PlayerCard(seat, None)), seed, answer, probabilities)
             for seat in self.seats
         }
 
@@ -115,13 +136,13 @@ class PracticeSeat:
     """A `SeatHandle` that keeps what was shown and said."""
 
     def __init__(
-        self, card: PlayerCard, task: TrainingTask, seed: int, answer: Answer | None, probabilities: Probabilities
+        self, table: PracticeTable, card: PlayerCard, seed: int, answer: Answer | None, probabilities: Probabilities
     ) -> None:
+        self._table = table
         self.card = card
         self.shown: list[Observation] = []
         """One for each turn."""
         self.turns: list[Turn] = []
-        self._task = task
         self._seed = seed
         self._answer = answer
         self._probabilities = probabilities
@@ -136,9 +157,14 @@ class PracticeSeat:
     ) -> Turn:
         """See `SeatHandle.act`. Raises `ScenarioError` for empty prompts and for choices that are none."""
         seat = self.card.seat_id
-        if len(self.turns) >= self._task.max_steps:
-            raise ScenarioError(f"seat {seat!r} was asked for more than task.max_steps = {self._task.max_steps} turns")
-        _check_question(seat, observation, choices, max_tokens)
+        table, most = self._table, self._table.task.max_steps
+        if len(self.turns) >= most:
+            raise ScenarioError(f"seat {seat!r} was asked for more than task.max_steps = {most} turns")
+        check_question(seat, observation, choices, max_tokens)
+        table.asked.append(Asked(seat, observation, None if choices is None else tuple(choices), max_tokens, kind))
+        if len(table.asked) - 1 == table.unanswered:
+            table.waits.set()
+            await asyncio.Event().wait()
         rng = random.Random(f"{self._seed}:{seat}:{len(self.turns)}")
         logprob = 0.0
         if self._answer is not None:
@@ -176,7 +202,7 @@ class PracticeSeat:
 
     async def distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
         """See `SeatHandle.distribution`."""
-        _check_question(self.card.seat_id, observation, choices, 1)
+        check_question(self.card.seat_id, observation, choices, 1)
         return self._distribution(observation, choices)
 
     def _distribution(self, observation: Observation, choices: Sequence[str]) -> tuple[float, ...]:
@@ -186,17 +212,3 @@ class PracticeSeat:
                 f"seat {self.card.seat_id!r}: {list(probabilities)} are no probabilities of {list(choices)}"
             )
         return probabilities
-
-
-def _check_question(seat: SeatId, observation: Observation, choices: Sequence[str] | None, max_tokens: int) -> None:
-    problem = ""
-    if not observation.user.strip():
-        problem = "was shown an empty prompt"
-    elif max_tokens < 1:
-        problem = f"was given {max_tokens} tokens to answer in"
-    elif choices is not None and not choices:
-        problem = "was given an empty list of choices"
-    elif choices is not None and (len(set(choices)) < len(choices) or not all(c.strip() for c in choices)):
-        problem = f"was given choices that are blank or stand twice: {list(choices)}"
-    if problem:
-        raise ScenarioError(f"seat {seat!r} {problem}")

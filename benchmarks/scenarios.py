@@ -1,0 +1,344 @@
+"""Measure a scenario: what its config's training comes to, beside what could be mistaken for it.
+
+    python benchmarks/scenarios.py configs/kuhn.toml
+    python docs/generate_scenarios.py                     writes the table into docs/scenarios/
+
+For every seed the shipped config is trained as it is, and then the same held-out tasks are played, and the exact
+figures computed, by
+
+    bare base, calibrated base    nobody was trained
+    trained together              what the config is for
+    with a frozen partner         each group of learners was trained alone, while all others stayed the base
+    trained apart                 those that were trained alone, put together
+    partners of another seed      trained together, but not with one another: the first group from this seed, the
+                                  next from the next seed, and so on
+
+A group is a team in a team battle, and otherwise one model. Each step is a process of its own and leaves its outcome
+in runs/scenarios/, so that a series that was interrupted goes on where it stopped. What it all came to is one small
+file in benchmarks/results/scenarios/, with a digest of the config it is of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime as dt
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from claims import RunFailedError, machine, train
+from claims_file import RESULTS, ROOT, ClaimFile, digest, read, write
+
+FOLDER = RESULTS / "scenarios"
+WORK = ROOT / "runs" / "scenarios"
+CONDITIONS = {
+    "bare base": "bare base",
+    "calibrated base": "calibrated base",
+    "together": "trained together",
+    "frozen": "with a frozen partner",
+    "apart": "trained apart",
+    "others": "partners of another seed",
+}
+"""Key in a results file -> what a table calls it."""
+
+Figures = Mapping[str, Any]
+"""{"mean": …, "by_model": {…}, "exact": {…}, "outcome": {…}} of one condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One config, measured for several seeds in one folder."""
+
+    config: Path
+    work: Path
+    changes: tuple[str, ...]
+    wanted: tuple[str, ...]
+    """Of "frozen", "apart" and "others"; the rest comes with training."""
+
+    def folder(self, seed: int, *learners: str) -> Path:
+        """Of the run that trained these models, the others being the base; of all, when none is named."""
+        return self.work / "-".join([f"seed{seed}", *learners])
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Models that learn together when the others do not."""
+        settings = self._settings()
+        if settings.mode == "team_battle":
+            teams: dict[str, list[str]] = {}
+            for model in settings.models:
+                teams.setdefault(str(model.team_id), []).append(model.model_id)
+            return [tuple(members) for members in teams.values()]
+        return [(model.model_id,) for model in settings.models]
+
+    def _settings(self) -> Any:
+        from coterie.config import load_config
+
+        return load_config(self.config, self.changes)
+
+    def train_together(self, seed: int) -> dict[str, Any]:
+        """The command a user would type. Raises `RunFailedError`."""
+        folder = self.folder(seed)
+        done = folder / "results" / "heldout.json"
+        wall = folder / "wall_seconds.json"
+        if not wall.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            seconds = train(self.config, folder, seed, self.changes)
+            if not done.is_file():
+                raise RunFailedError(f"{self.config} evaluates nothing; set evaluation.tasks to 1 or more")
+            wall.write_text(json.dumps(seconds))
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return {
+            "wall_seconds": round(json.loads(wall.read_text()), 1),
+            "updates": len(records),
+            "training_seconds": round(sum(record["seconds"]["total"] for record in records), 1),
+            "heldout": json.loads(done.read_text(encoding="utf-8")),
+            "machine": machine(info["versions"]),
+        }
+
+    def train_alone(self, seed: int, learners: Sequence[str]) -> Figures:
+        """These models learn, the others stay the base."""
+        spec = {"do": "alone", "learners": list(learners), "folder": str(self.folder(seed, *learners))}
+        found: Figures = self._worker(seed, f"alone-{'-'.join(learners)}", spec)
+        return found
+
+    def put_together(self, seed: int, name: str, origin: Mapping[str, Path]) -> Figures:
+        """Models from the runs in these folders, measured with one another."""
+        spec = {"do": "together", "origin": {model: str(folder) for model, folder in origin.items()}}
+        found: Figures = self._worker(seed, name, spec)
+        return found
+
+    def _worker(self, seed: int, name: str, spec: Mapping[str, Any]) -> Any:
+        """Do a step in a process of its own, unless its outcome is there already. Raises `RunFailedError`."""
+        out = self.work / f"seed{seed}-{name}.json"
+        if not out.is_file():
+            whole = {**spec, "config": str(self.config), "changes": [*self.changes, f"seed={seed}"], "out": str(out)}
+            path = self.work / f"seed{seed}-{name}.spec.json"
+            path.write_text(json.dumps(whole))
+            code = subprocess.run([sys.executable, __file__, "--worker", str(path)], check=False).returncode
+            if code or not out.is_file():
+                raise RunFailedError(f"step {name!r} of seed {seed} ended with exit code {code}; see above")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def measure(series: Series, seeds: Sequence[int], results: Path) -> ClaimFile:
+    """All conditions of all seeds, kept as soon as there are any. Raises `RunFailedError`."""
+    path = results / f"{series.config.stem}.json"
+    known = digest(series.config, series.changes)
+    shown = str(series.config.relative_to(ROOT)) if series.config.is_relative_to(ROOT) else series.config.name
+    found = read(path) or ClaimFile(series.config.stem, shown, known)
+    if found.digest != known:
+        print(f"{path} is of another state of {shown}: its {len(found.runs)} seeds are replaced", flush=True)
+        found = ClaimFile(series.config.stem, shown, known)
+    together: dict[int, dict[str, Any]] = {}
+    for seed in seeds:
+        print(f"== {series.config.stem}, seed {seed}: together", flush=True)
+        together[seed] = series.train_together(seed)
+    groups = series.groups()
+    for at, seed in enumerate(seeds):
+        run = together[seed]
+        players = run["heldout"]["players"]
+        conditions: dict[str, Figures] = {
+            "bare base": players["bare base"],
+            "calibrated base": players["calibrated base"],
+            "together": players["trained"],
+        }
+        if len(groups) > 1 and {"frozen", "apart"} & set(series.wanted):
+            alone = {}
+            for learners in groups:
+                print(f"== {series.config.stem}, seed {seed}: {', '.join(learners)} alone", flush=True)
+                alone[learners] = series.train_alone(seed, learners)
+            if "frozen" in series.wanted:
+                conditions["frozen"] = mean_of_learners(alone)
+            if "apart" in series.wanted:
+                origin = {model: series.folder(seed, *learners) for learners in groups for model in learners}
+                conditions["apart"] = series.put_together(seed, "apart", origin)
+        if len(groups) > 1 and len(seeds) > 1 and "others" in series.wanted:
+            print(f"== {series.config.stem}, seed {seed}: partners of other seeds", flush=True)
+            turns = {learners: seeds[(at + number) % len(seeds)] for number, learners in enumerate(groups)}
+            origin = {model: series.folder(turns[learners]) for learners in groups for model in learners}
+            name = "others-" + "-".join(map(str, turns.values()))
+            conditions["others"] = series.put_together(seed, name, origin)
+        found = found.merged({
+            "variant": "",
+            "seed": seed,
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
+            **{key: run[key] for key in ("wall_seconds", "updates", "training_seconds", "machine")},
+            "tasks": run["heldout"]["tasks"],
+            "conditions": {key: kept(figures) for key, figures in conditions.items()},
+        })  # fmt: skip
+        write(path, found)
+        print(f"== kept in {path}", flush=True)
+    return found
+
+
+def mean_of_learners(alone: Mapping[tuple[str, ...], Figures]) -> Figures:
+    """Of several runs in each of which others learned: the mean of the figures, each model's own from its own run."""
+    runs = list(alone.values())
+    by_model = {model: figures["by_model"][model] for learners, figures in alone.items() for model in learners}
+    return {
+        "mean": fmean(by_model.values()),
+        "by_model": by_model,
+        "exact": {name: fmean(run["exact"][name] for run in runs) for name in runs[0]["exact"]},
+        "outcome": {name: fmean(run["outcome"][name] for run in runs) for name in runs[0]["outcome"]},
+    }
+
+
+def kept(figures: Figures) -> dict[str, Any]:
+    """What of a condition goes into the results file."""
+    return {
+        "mean": round(figures["mean"], 6),
+        **{
+            part: {name: round(value, 6) for name, value in figures[part].items()}
+            for part in ("by_model", "exact", "outcome")
+        },
+    }
+
+
+# -- in the process of a step -----------------------------------------------------------------------------------------
+
+
+def work(spec: Mapping[str, Any]) -> None:
+    """Do what a step's file says, and write what it came to."""
+    from coterie.config import load_config
+
+    config = load_config(Path(spec["config"]), spec["changes"])
+    if spec["do"] == "alone":
+        figures = asyncio.run(learn_alone(config, spec["learners"], Path(spec["folder"])))
+    else:
+        origin = {model: Path(folder) for model, folder in spec["origin"].items()}
+        figures = asyncio.run(play_together(config, origin))
+    out = Path(spec["out"])
+    aside = out.with_suffix(".part")
+    aside.write_text(json.dumps(figures), encoding="utf-8")
+    aside.rename(out)
+
+
+async def learn_alone(config: Any, learners: Sequence[str], folder: Path) -> Figures:
+    """Train a run in which all others hold their seats as the base, and measure it so."""
+    from coterie.environment import MultiModelEnvironment
+    from coterie.monitor.console import observer_for
+    from coterie.rollout.matchmaking import frozen_as
+    from coterie.rollout.runner import Runner
+    from coterie.runs.directory import RunDirectory
+
+    shutil.rmtree(folder, ignore_errors=True)
+    observer = observer_for(sys.stdout)
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(folder, config), observer=observer)
+    others = {model: None for model in env.models if model not in learners}
+
+    class Alone(Runner):
+        def seating(self, task: Any, models: Any, turn: int, rotate: bool) -> Any:
+            return frozen_as(super().seating(task, models, turn, rotate), others)
+
+    loop = env.build()
+    loop.runner = Alone(loop.runner.scenario, loop.runner.services)
+    try:
+        summary = await env.train()
+    finally:
+        observer.close()
+        await env.aclose()
+    moved = [model for model in others if env.models[model].version]
+    assert not moved, f"{moved} were to stay the base"
+    figures: Figures = summary.results["players"]["trained"]
+    return figures
+
+
+async def play_together(config: Any, origin: Mapping[str, Path]) -> Figures:
+    """Measure models that each come from the last checkpoint of a run of their own."""
+    from coterie.environment import MultiModelEnvironment
+    from coterie.models import LoRAModel
+    from coterie.runs.directory import RunDirectory
+    from coterie.types import AdapterVersion
+
+    env = MultiModelEnvironment(config=config.model_copy(update={"models": ()}))
+    for model in config.models:
+        run = RunDirectory.open(origin[model.model_id])
+        checkpoint = run.latest_checkpoint()
+        assert checkpoint is not None, f"{run.path} has no checkpoint"
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        version = AdapterVersion(model.model_id, state["models"][model.model_id]["version"])
+        env.add_model(LoRAModel(model, version=version.version, adapter_dir=run.adapter_dir(version)))
+    try:
+        measured = (await env.measure(config.evaluation.tasks)).as_dict()
+    finally:
+        await env.aclose()
+    figures: Figures = measured["players"]["trained"]
+    return figures
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("config", type=Path, nargs="?", help="a config of the repository")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    made.add_argument(
+        "--only", nargs="+", choices=("together", "frozen", "apart", "others"), metavar="WHAT",
+        default=["together", "frozen", "apart", "others"],
+        help="of together (always), frozen, apart, others; default: all of them",
+    )  # fmt: skip
+    made.add_argument("--again", action="store_true", help="forget the outcomes of earlier steps")
+    made.add_argument(
+        "--results", type=Path, default=FOLDER, metavar="DIR", help="default: benchmarks/results/scenarios"
+    )
+    made.add_argument("--work", type=Path, default=ROOT / "runs" / "scenarios", metavar="DIR",
+                      help="default: runs/scenarios")  # fmt: skip
+    made.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE",
+        help="change the config of every run; the pages do not take such results, so give --results too",
+    )  # fmt: skip
+    made.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = parser().parse_args(arguments)
+    if options.worker is not None:
+        work(json.loads(options.worker.read_text(encoding="utf-8")))
+        return 0
+    if options.config is None or not options.config.is_file():
+        print(f"error: give the config to measure; {options.config} is no file", file=sys.stderr)
+        return 2
+    if options.changes and options.results == FOLDER:
+        print("error: --set needs --results DIR: benchmarks/results is for configs as shipped", file=sys.stderr)
+        return 2
+    config = options.config.resolve()
+    # steps of another state of the config are not those of this one
+    folder = options.work / f"{config.stem}-{digest(config, options.changes)}"
+    if options.again:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    series = Series(config, folder.resolve(), tuple(options.changes), tuple(options.only))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    try:
+        measure(series, options.seeds, options.results)
+    except (RunFailedError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"== {time.monotonic() - started:.0f} s; write the table by: python docs/generate_scenarios.py", flush=True)
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Fill the pages of docs/scenarios/: example prompts from the code, measured tables from benchmarks/results/scenarios/.
+
+    python docs/generate_scenarios.py            writes them
+    python docs/generate_scenarios.py --check    writes nothing; exit 1 when a page is not what code and results say
+
+What stands between two markers, each alone on its line, is replaced:
+
+    <!-- example: configs/signaling.toml -->     what each seat is shown at its first turn of the first training task
+    <!-- /example -->                            words after the path: zh, turns=3, seats=a,b
+    <!-- table: configs/signaling.toml -->       what was measured; words after the path: metrics=success,score
+    <!-- /table -->
+    <!-- list -->                                in index.md: every page with its title and first sentence
+    <!-- /list -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from blocks import WORDS, machine_block  # noqa: E402 - beside the results, not in a package
+from claims_file import ClaimFile, digest, read  # noqa: E402
+from scenarios import CONDITIONS, FOLDER  # noqa: E402
+
+from coterie.config import RunConfig, load_config  # noqa: E402
+from coterie.models import LoRAModel  # noqa: E402
+from coterie.modes.base import build_mode  # noqa: E402
+from coterie.rollout.matchmaking import assign  # noqa: E402
+from coterie.scenarios.base import build_scenario, draw_tasks  # noqa: E402
+from coterie.scenarios.practice import Asked, PracticeTable  # noqa: E402
+from coterie.types import PlayerCard, Seat, Split  # noqa: E402
+
+PAGES = ROOT / "docs" / "scenarios"
+_MARKER = re.compile(r"^<!-- (?:(?P<kind>example|table|list)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$", re.MULTILINE)
+
+
+# -- examples -------------------------------------------------------------------------------------------------------
+
+
+def example(config_path: str, *, language: str = "en", turns: int = 1, seats: Sequence[str] = ()) -> str:
+    """What seats are shown, as a block of text. Raises `ValueError` for a seat that is not there."""
+    config = load_config(ROOT / config_path)
+    scenario = build_scenario(config.scenario.id, config.scenario.options)
+    task = next(draw_tasks(scenario, Split.TRAIN, config.seed))
+    places = list(scenario.seats(task))
+    unknown = sorted(set(seats) - {seat.seat_id for seat in places})
+    if unknown:
+        raise ValueError(f"there is no seat {unknown[0]!r} in {config_path}; seats: {[s.seat_id for s in places]}")
+    mode = build_mode(config.mode, config.custom_mode)
+    table = PracticeTable(
+        task,
+        places,
+        seed=config.seed,
+        cards=_cards(places, config),
+        mode=config.mode,
+        language=language,
+        hearing=lambda listener, speaker: mode.hears(listener, speaker, task),
+    )
+    asyncio.run(scenario.play(task, table))
+    wanted = set(seats) or {seat.seat_id for seat in places if seat.symmetric_with is None}
+    lines: list[str] = []
+    asked = dict.fromkeys(wanted, 0)
+    for question in table.asked:
+        if question.seat in asked and asked[question.seat] < turns:
+            asked[question.seat] += 1
+            lines += ["", *_question(question, asked[question.seat])] if lines else _question(question, 1)
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _cards(seats: Sequence[Seat], config: RunConfig) -> list[PlayerCard]:
+    """Role and team of whoever sits where in the config's first episode."""
+    return [holder.card for holder in assign(seats, [LoRAModel(model) for model in config.models]).values()]
+
+
+def _question(question: Asked, turn: int) -> list[str]:
+    lines = [f"--- {question.seat}, turn {turn}: {question.kind} ---"]
+    for name, text in (("system", question.observation.system), ("user", question.observation.user)):
+        first, *rest = text.splitlines() or [""]
+        if text:
+            lines += [f"{name}: {first}", *(" " * (len(name) + 2) + line for line in rest)]
+    if question.choices is None:
+        answer = f"(up to {question.max_tokens} tokens)"
+    else:
+        answer = "(" + " | ".join(choice.strip() for choice in question.choices) + ")"
+    lines.append(
+        " ".join(["assistant:", *([question.observation.prefix] if question.observation.prefix else []), answer])
+    )
+    return [line.rstrip() for line in lines]
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> str:
+    """What was measured of a config. Raises `ValueError` for results of another state of it, or an unknown metric."""
+    config = ROOT / config_path
+    found = read(results / f"{config.stem}.json")
+    if found is None or not found.runs:
+        return f"*Not measured yet; `python benchmarks/scenarios.py {config_path}` does it.*"
+    if found.digest != digest(config):
+        raise ValueError(
+            f"{config.stem}.json was measured with another state of {config_path}; "
+            f"measure it again: python benchmarks/scenarios.py {config_path}"
+        )
+    columns = [key for key in CONDITIONS if all(key in run["conditions"] for run in found.runs)]
+    names = list(metrics) or _metrics(found)
+    lines = [
+        "| metric | " + " | ".join(CONDITIONS[key] for key in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for name in names:
+        cells = [_cell([_value(run["conditions"][key], name, config_path) for run in found.runs]) for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _how(found)])
+
+
+def _metrics(found: ClaimFile) -> list[str]:
+    trained = found.runs[0]["conditions"]["together"]
+    return list(trained["exact"]) or [*trained["outcome"], "score"]
+
+
+def _value(figures: Mapping[str, Any], name: str, config_path: str) -> float:
+    if name == "score":
+        return float(figures["mean"])
+    for part in ("exact", "outcome", "by_model"):
+        if name in figures[part]:
+            return float(figures[part][name])
+    known = [*figures["exact"], *figures["outcome"], "score"]
+    raise ValueError(f"{config_path}: there is no figure {name!r}; there are {', '.join(dict.fromkeys(known))}")
+
+
+def _cell(values: Sequence[float]) -> str:
+    low, mean, high = (f"{value:.3f}" for value in (min(values), fmean(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _how(found: ClaimFile) -> str:
+    runs = found.runs
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    updates, seconds = ([run[key] for run in runs] for key in ("updates", "training_seconds"))
+    machine = machine_block({"scenario": found}, WORDS["en"])
+    return (
+        f"Mean over {'seed' if len(runs) == 1 else 'seeds'} {seeds} (lowest to highest), on {runs[0]['tasks']} "
+        f"held-out {'task' if runs[0]['tasks'] == 1 else 'tasks'}; {_span(updates, '.0f')} updates together took "
+        f"{_span(seconds, '.0f')} s of training. {machine}"
+    )
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+def listed(pages: Path) -> str:
+    """A line for every page: its title and what it is, from its first paragraph."""
+    lines = []
+    for path in sorted(pages.glob("*.md")):
+        if path.name != "index.md":
+            title, summary = _opening(path)
+            lines.append(f"- [{title}]({path.name}) (`{path.stem}`): {summary}")
+    return "\n".join(lines)
+
+
+def _opening(path: Path) -> tuple[str, str]:
+    title, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    paragraph = " ".join(rest.strip().split("\n\n")[0].split())
+    if not title.startswith("# ") or not paragraph or paragraph.startswith(("#", "<!--")):
+        raise ValueError(f"{path.name} must begin with '# Title' and a paragraph")
+    first = re.match(r".*?[.!?](?=\s|$)", paragraph)
+    return title[2:], first[0] if first else paragraph
+
+
+def filled(text: str, *, pages: Path, results: Path) -> str:
+    """`text` with everything between its markers made anew. Raises `ValueError` saying which marker is wrong."""
+    parts: list[str] = []
+    at = 0
+    opened: re.Match[str] | None = None
+    for marker in _MARKER.finditer(text):
+        line = text.count("\n", 0, marker.start()) + 1
+        if marker["end"] is not None:
+            if opened is None or opened["kind"] != marker["end"]:
+                raise ValueError(f"line {line}: {marker[0]} ends nothing that was begun")
+            begun = text.count("\n", 0, opened.start()) + 1
+            parts += ["\n", _made(opened["kind"], opened["words"] or "", begun, pages, results), "\n", marker[0]]
+            opened = None
+        elif opened is not None:
+            raise ValueError(f"line {line}: {opened[0]} before it has no end")
+        else:
+            parts += [text[at : marker.start()], marker[0]]
+            opened = marker
+        at = marker.end()
+    if opened is not None:
+        raise ValueError(f"{opened[0]} has no end")
+    return "".join([*parts, text[at:]])
+
+
+def _made(kind: str, words: str, line: int, pages: Path, results: Path) -> str:
+    if kind == "list":
+        return listed(pages)
+    config, *rest = words.split() or [""]
+    if not (ROOT / config).is_file():
+        raise ValueError(f"line {line}: {kind} of {config!r}, which is no config of the repository")
+    options: dict[str, Any] = {}
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if kind == "example" and word in ("en", "zh"):
+            options["language"] = word
+        elif kind == "example" and key == "turns" and value.isdecimal():
+            options["turns"] = int(value)
+        elif equals and (kind, key) in (("example", "seats"), ("table", "metrics")):
+            options[key] = value.split(",")
+        else:
+            raise ValueError(f"line {line}: {kind} knows no {word!r}")
+    return example(config, **options) if kind == "example" else table(config, results, **options)
+
+
+def main(arguments: Sequence[str] | None = None, pages: Path = PAGES, results: Path = FOLDER) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
+    options = parser.parse_args(arguments)
+    wrong = False
+    for path in sorted(pages.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = filled(text, pages=pages, results=results)
+        except ValueError as error:
+            print(f"{path.name}, {error}", file=sys.stderr)
+            wrong = True
+            continue
+        if new == text:
+            continue
+        if options.check:
+            print(f"{path.name} is out of date; run: python docs/generate_scenarios.py", file=sys.stderr)
+            wrong = True
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"written: {path}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
