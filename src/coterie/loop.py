@@ -21,8 +21,8 @@ from coterie.monitor.console import Observer
 from coterie.monitor.metrics import UpdateRecord, measure
 from coterie.rollout.runner import Runner
 from coterie.scenarios.base import Scenario
+from coterie.training.base import Learner, LearnerStats
 from coterie.training.batch import build_batch
-from coterie.training.learner import Learner, LearnerStats
 from coterie.types import Episode, FailedEpisode, Split, TrainingTask
 
 Rollout = asyncio.Future[tuple[list[Episode], list[FailedEpisode]]]
