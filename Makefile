@@ -15,9 +15,11 @@ PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What cannot share an environment with Coterie or with each other: vLLM, and two releases of CAMEL.
-VLLM_VENV ?= .venv-vllm
-CAMEL_VENV ?= .venv-camel
-CAMEL_NEWEST_VENV ?= .venv-camel-newest
+VLLM_VENV ?= build/venv-vllm
+CAMEL_VENV ?= build/venv-camel
+CAMEL_NEWEST_VENV ?= build/venv-camel-newest
+# Thousands of files of which the tests import a few: compiling them all takes longer than unpacking them.
+PIP_EXTERNAL = $(@D)/bin/python -m pip install $(PIP_FLAGS) --no-compile
 # camel-ai 0.2.78 needs Python 3.12 or older.
 PYTHON_EXTERNAL ?= python3.12 python3.11
 EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
@@ -29,7 +31,8 @@ EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(V
 help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
 	@echo "make test    set up, then run the tests"
-	@echo "make test-external  install a real vLLM and CAMEL beside, and test against them (some 3 GB, 20 minutes)"
+	@echo "make test-external  install a real vLLM and CAMEL in build/, and test against them (some 3 GB; the second"
+	@echo "             time only the tests run)"
 	@echo "make lint    ruff, mypy and the import direction"
 	@echo "make format  let ruff format and fix what it can"
 	@echo "make model   fetch the embedded base model"
@@ -113,16 +116,17 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.installed
 
 $(VLLM_VENV)/.ready: constraints-vllm.txt | $(VLLM_VENV)/.created
 	@echo "==> vLLM for this processor in $(@D) (minutes)"
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-vllm.txt torch==2.13.0
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-vllm.txt
+	@$(PIP_EXTERNAL) -c constraints-vllm.txt torch==2.13.0
+	@$(PIP_EXTERNAL) --no-deps -r constraints-vllm.txt
 	@touch $@
 
 $(CAMEL_VENV)/.ready: CONSTRAINTS = constraints-camel.txt
 $(CAMEL_NEWEST_VENV)/.ready: CONSTRAINTS = constraints-camel-newest.txt
 $(CAMEL_VENV)/.ready: constraints-camel.txt
 $(CAMEL_NEWEST_VENV)/.ready: constraints-camel-newest.txt
-$(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: pyproject.toml | %/.created
+# What pyproject.toml asks for stands in the constraints too, so another linter rule installs nothing anew.
+$(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: | %/.created
 	@echo "==> Coterie with CAMEL in $(@D), versions of $(CONSTRAINTS) (minutes)"
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) torch
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[camel]' pytest
+	@$(PIP_EXTERNAL) -c $(CONSTRAINTS) torch
+	@$(PIP_EXTERNAL) -c $(CONSTRAINTS) -e '.[camel]' pytest
 	@touch $@
