@@ -68,7 +68,7 @@ def test_the_camel_tier_asks_through_the_users_own_object() -> None:
                 pieces = [piece async for piece in client.stream("Hi.", max_tokens=4, temperature=0.9, seed=5)]
                 assert "".join(pieces) == answer.text
             assert {call["max_retries"] for call in model._async_client.calls} == {0}  # routing is the pool's
-            assert {record.tier for record in records.all} == {Tier.CAMEL}
+            assert {record.tier for record in records.kept} == {Tier.CAMEL}
             assert model.model_config_dict == {"temperature": 0.1, "user": "me", "extra_body": {"priority": 3}}
             assert not model._async_client.closed  # its owner's to close
 

@@ -73,3 +73,12 @@ class AsyncOpenAI:
 
     async def close(self) -> None:
         self.closed = True
+
+
+class OpenAI:
+    """The client of plain code; nothing here asks by it."""
+
+    def __init__(self, base_url: str) -> None:
+        self.base_url = base_url
+
+    def close(self) -> None: ...
