@@ -69,6 +69,14 @@ def tiny_servers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
+def one(tiny_servers: list[ServerProcess]) -> ServerProcess:
+    """The first, up; the other may still be starting."""
+    tiny_servers[0].start()
+    tiny_servers[0].wait_until_up()
+    return tiny_servers[0]
+
+
+@pytest.fixture
 def pair(tiny_servers: list[ServerProcess]) -> list[ServerProcess]:
     """Both, up."""
     for server in tiny_servers:
@@ -173,10 +181,10 @@ async def served_by(server: ServerProcess) -> set[str]:
 
 
 def test_five_versions_of_each_policy_are_published_and_answer_differently(
-    pair: list[ServerProcess], tiny: Path, tmp_path: Path
+    one: ServerProcess, tiny: Path, tmp_path: Path
 ) -> None:
     async def play() -> None:
-        async with playing(settings(tiny, pair[:1]), tmp_path / "run") as played:
+        async with playing(settings(tiny, [one]), tmp_path / "run") as played:
             await played.env.train_cycles(UPDATES)
             learned(played, UPDATES)
             versions_differ(played, UPDATES)
@@ -186,13 +194,111 @@ def test_five_versions_of_each_policy_are_published_and_answer_differently(
                     assert {turn.adapter.version for turn in trajectory.turns} == {episode.update - 1}
             for record in played.records:  # on policy: served and learned log-probabilities are the same
                 assert max(record.metrics[f"learn/{name}/mismatch"] for name in ("a", "b")) < 2e-3
-            names = {name.rsplit("-", 1)[0] for name in await served_by(pair[0]) if name != SERVED}
+            names = {name.rsplit("-", 1)[0] for name in await served_by(one) if name != SERVED}
             # the current one of each, and the two before it
             assert names == {f"{model}-v{version}" for model in ("a", "b") for version in (3, 4, 5)}
-        assert await served_by(pair[0]) == {SERVED}  # nothing is left behind
+        assert await served_by(one) == {SERVED}  # nothing is left behind
         assert not (tmp_path / "run" / "published").exists()
 
     run(play())
+
+
+# -- the canary -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A publisher on one server, and adapters to publish there."""
+
+    policies: TrainedPolicies
+    server: ServerProcess
+    publisher: Publisher
+    control: HttpControl
+    transport: HttpTransport
+    folder: Path
+
+    def saved(self, version: AdapterVersion, noise: float, seed: int) -> Path:
+        """Move the model's adapter by some noise, and save it as `version`."""
+        adapter = self.policies.base.bank.training(version.model_id)
+        with torch.no_grad():
+            adapter.flat.add_(noise * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(seed)))
+        adapter.touch()
+        directory = self.folder / f"{version.model_id}-v{version.version}"
+        save_adapter(adapter, directory, self.policies.base, version)
+        return directory
+
+
+def on_bench(
+    server: ServerProcess, tiny: Path, folder: Path, tag: str, play: Callable[[Bench], Coroutine[Any, Any, None]]
+) -> None:
+    """Play with a publisher of its own on `server`; `tag` tells its names from all others."""
+    config = settings(tiny, [server])
+    models = [LoRAModel(ModelConfig(model_id=name, lora_rank=8)) for name in ("a", "b")]
+    policies = TrainedPolicies(config, models, lambda model_id: len(model_id))
+
+    async def go() -> None:
+        control, transport = HttpControl(), HttpTransport()
+        pool = ServerPool([server.spec], control)
+        publisher = Publisher(pool, control, transport, quorum=1.0, canary_tolerance=TOLERANCE, tag=tag)
+        try:
+            await play(Bench(policies, server, publisher, control, transport, folder))
+        finally:
+            assert await publisher.withdraw() == ()
+            await pool.close()
+            await control.close()
+            await transport.close()
+
+    run(go())
+
+
+def test_the_canary_passes_what_is_right_and_catches_what_was_swapped(
+    one: ServerProcess, tiny: Path, tmp_path: Path
+) -> None:
+    a, b = AdapterVersion("a", 1), AdapterVersion("b", 1)
+
+    async def play(bench: Bench) -> None:
+        of_a = bench.saved(a, 0.2, seed=1)
+        bench.saved(b, 0.2, seed=2)
+        probe_a, probe_b = bench.policies.probe(a), bench.policies.probe(b)
+        assert distance(probe_a[1], probe_b[1]) > TOLERANCE
+        report = await bench.publisher.publish(a, of_a, probe_a)
+        assert report.served_by == (bench.server.spec.name,)
+        found = await score(bench.transport, bench.server.spec, report.name, probe_a[0], 60)
+        assert distance(probe_a[1], found) < 1e-3
+        with pytest.raises(PublishError, match="it serves another adapter or another base"):
+            await bench.publisher.publish(b, of_a, probe_b)
+        assert bench.publisher.name(b) not in await served_by(bench.server)
+
+    on_bench(one, tiny, tmp_path, "swap", play)
+
+
+def test_the_canary_catches_the_version_before_under_the_new_ones_name(
+    one: ServerProcess, tiny: Path, tmp_path: Path
+) -> None:
+    """A step too small to be seen against the learner's numbers is seen on the server itself."""
+    v1, v2 = AdapterVersion("a", 1), AdapterVersion("a", 2)
+
+    async def play(bench: Bench) -> None:
+        old = bench.saved(v1, 0.2, seed=1)
+        before = bench.policies.probe(v1)
+        await bench.publisher.publish(v1, old, before)
+        new = bench.saved(v2, 0.001, seed=2)
+        after = bench.policies.probe(v2)
+        assert 0 < distance(before[1], after[1]) < TOLERANCE
+        name = bench.publisher.name(v2)
+        await bench.control.load_adapter(bench.server.spec, name, str(old))  # stale: v1's weights as v2
+        with pytest.raises(
+            PublishError, match="exactly as 'a-v1-stale': the adapter is not applied there, or is stale"
+        ):
+            await bench.publisher.publish(v2, new, after)
+        assert name not in await served_by(bench.server)
+        report = await bench.publisher.publish(v2, new, after)
+        assert report.served_by == (bench.server.spec.name,)
+
+    on_bench(one, tiny, tmp_path, "stale", play)
+
+
+# -- two servers ----------------------------------------------------------------------------------------------------
 
 
 def test_two_servers_share_a_run_that_is_one_version_behind(
@@ -250,101 +356,6 @@ def test_kill_9_of_one_of_two_costs_no_episode_and_it_comes_back_with_what_is_cu
             assert {turn.adapter.version for turn in back} == {done - 1}
 
     run(play(), 700)
-
-
-# -- the canary -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Bench:
-    """A publisher on one server, and adapters to publish there."""
-
-    policies: TrainedPolicies
-    server: ServerProcess
-    publisher: Publisher
-    control: HttpControl
-    transport: HttpTransport
-    folder: Path
-
-    def saved(self, version: AdapterVersion, noise: float, seed: int) -> Path:
-        """Move the model's adapter by some noise, and save it as `version`."""
-        adapter = self.policies.base.bank.training(version.model_id)
-        with torch.no_grad():
-            adapter.flat.add_(noise * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(seed)))
-        adapter.touch()
-        directory = self.folder / f"{version.model_id}-v{version.version}"
-        save_adapter(adapter, directory, self.policies.base, version)
-        return directory
-
-
-def on_bench(
-    server: ServerProcess, tiny: Path, folder: Path, tag: str, play: Callable[[Bench], Coroutine[Any, Any, None]]
-) -> None:
-    """Play with a publisher of its own on `server`; `tag` tells its names from all others."""
-    config = settings(tiny, [server])
-    models = [LoRAModel(ModelConfig(model_id=name, lora_rank=8)) for name in ("a", "b")]
-    policies = TrainedPolicies(config, models, lambda model_id: len(model_id))
-
-    async def go() -> None:
-        control, transport = HttpControl(), HttpTransport()
-        pool = ServerPool([server.spec], control)
-        publisher = Publisher(pool, control, transport, quorum=1.0, canary_tolerance=TOLERANCE, tag=tag)
-        try:
-            await play(Bench(policies, server, publisher, control, transport, folder))
-        finally:
-            assert await publisher.withdraw() == ()
-            await pool.close()
-            await control.close()
-            await transport.close()
-
-    run(go())
-
-
-def test_the_canary_passes_what_is_right_and_catches_what_was_swapped(
-    pair: list[ServerProcess], tiny: Path, tmp_path: Path
-) -> None:
-    a, b = AdapterVersion("a", 1), AdapterVersion("b", 1)
-
-    async def play(bench: Bench) -> None:
-        of_a = bench.saved(a, 0.2, seed=1)
-        bench.saved(b, 0.2, seed=2)
-        probe_a, probe_b = bench.policies.probe(a), bench.policies.probe(b)
-        assert distance(probe_a[1], probe_b[1]) > TOLERANCE
-        report = await bench.publisher.publish(a, of_a, probe_a)
-        assert report.served_by == (bench.server.spec.name,)
-        found = await score(bench.transport, bench.server.spec, report.name, probe_a[0], 60)
-        assert distance(probe_a[1], found) < 1e-3
-        with pytest.raises(PublishError, match="it serves another adapter or another base"):
-            await bench.publisher.publish(b, of_a, probe_b)
-        assert bench.publisher.name(b) not in await served_by(bench.server)
-
-    on_bench(pair[0], tiny, tmp_path, "swap", play)
-
-
-def test_the_canary_catches_the_version_before_under_the_new_ones_name(
-    pair: list[ServerProcess], tiny: Path, tmp_path: Path
-) -> None:
-    """A step too small to be seen against the learner's numbers is seen on the server itself."""
-    v1, v2 = AdapterVersion("a", 1), AdapterVersion("a", 2)
-
-    async def play(bench: Bench) -> None:
-        old = bench.saved(v1, 0.2, seed=1)
-        before = bench.policies.probe(v1)
-        await bench.publisher.publish(v1, old, before)
-        new = bench.saved(v2, 0.001, seed=2)
-        after = bench.policies.probe(v2)
-        assert 0 < distance(before[1], after[1]) < TOLERANCE
-        name = bench.publisher.name(v2)
-        await bench.control.load_adapter(bench.server.spec, name, str(old))  # stale: v1's weights as v2
-        with pytest.raises(
-            PublishError, match="exactly as 'a-v1-stale': the adapter is not applied there, or is stale"
-        ):
-            await bench.publisher.publish(v2, new, after)
-        assert name not in await served_by(bench.server)
-        report = await bench.publisher.publish(v2, new, after)
-        assert report.served_by == (bench.server.spec.name,)
-
-    on_bench(pair[0], tiny, tmp_path, "stale", play)
 
 
 # -- a real model -----------------------------------------------------------------------------------------------------
