@@ -30,7 +30,7 @@ class PlainTokenizer:
         Raises:
             BaseModelError: the template is empty or cannot be read.
         """
-        self._tokenizer = tokenizer
+        self.backend_tokenizer = tokenizer
         self._chat = ChatTemplate(template, special)
         self.chat_template = template
         self.eos_token_id = self.convert_tokens_to_ids(special.get("eos_token", ""))
@@ -41,16 +41,16 @@ class PlainTokenizer:
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """None: there is no such token."""
-        found: int | None = self._tokenizer.token_to_id(token) if token else None
+        found: int | None = self.backend_tokenizer.token_to_id(token) if token else None
         return found
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; special tokens in it are theirs."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, white space kept."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        return str(self.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, tokenize: Literal[False] = False
