@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # packages tested here warn about their own dependencies
     config.addinivalue_line("filterwarnings", "default")
     os.environ["PYDANTIC_DISABLE_PLUGINS"] = "1"
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    """As Ctrl-C: servers are in sessions of their own, and would outlive tests that just end."""
+    raise KeyboardInterrupt
 
 
 def why_no_vllm() -> str | None:
