@@ -15,14 +15,16 @@ PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The extra `games`: it could share the environment, but needs a C compiler and 150 MB of packages nothing else uses.
-GAMES_VENV ?= .venv-games
+GAMES_VENV ?= build/venv-games
 # What cannot share an environment with Coterie or with each other: vLLM, and two releases of CAMEL.
-VLLM_VENV ?= .venv-vllm
-CAMEL_VENV ?= .venv-camel
-CAMEL_NEWEST_VENV ?= .venv-camel-newest
+VLLM_VENV ?= build/venv-vllm
+CAMEL_VENV ?= build/venv-camel
+CAMEL_NEWEST_VENV ?= build/venv-camel-newest
 # What camel-oasis asks for cannot be had beside transformers 5; it works with newer versions, so it is installed
 # without its dependencies. It needs Python 3.11 or older.
 OASIS_VENV ?= .venv-oasis
+# Thousands of files of which the tests import a few: compiling them all takes longer than unpacking them.
+PIP_EXTERNAL = $(@D)/bin/python -m pip install $(PIP_FLAGS) --no-compile
 # camel-ai 0.2.78 needs Python 3.12 or older.
 PYTHON_EXTERNAL ?= python3.12 python3.11
 EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
@@ -35,7 +37,8 @@ help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
 	@echo "make test    set up, then run the tests"
 	@echo "make test-games     install other people's environments beside, and train on each (minutes)"
-	@echo "make test-external  install a real vLLM and CAMEL beside, and test against them (some 3 GB, 20 minutes)"
+	@echo "make test-external  install a real vLLM and CAMEL in build/, and test against them (some 3 GB; the second"
+	@echo "             time only the tests run)"
 	@echo "make oasis   Coterie with OASIS, for the scenario oasis, in $(OASIS_VENV)"
 	@echo "make lint    ruff, mypy and the import direction"
 	@echo "make format  let ruff format and fix what it can"
@@ -138,18 +141,19 @@ $(GAMES_VENV)/.ready: pyproject.toml constraints.txt | $(GAMES_VENV)/.created
 
 $(VLLM_VENV)/.ready: constraints-vllm.txt | $(VLLM_VENV)/.created
 	@echo "==> vLLM for this processor in $(@D) (minutes)"
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-vllm.txt torch==2.13.0
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-vllm.txt
+	@$(PIP_EXTERNAL) -c constraints-vllm.txt torch==2.13.0
+	@$(PIP_EXTERNAL) --no-deps -r constraints-vllm.txt
 	@touch $@
 
 $(CAMEL_VENV)/.ready: CONSTRAINTS = constraints-camel.txt
 $(CAMEL_NEWEST_VENV)/.ready: CONSTRAINTS = constraints-camel-newest.txt
 $(CAMEL_VENV)/.ready: constraints-camel.txt
 $(CAMEL_NEWEST_VENV)/.ready: constraints-camel-newest.txt
-$(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: pyproject.toml | %/.created
+# What pyproject.toml asks for stands in the constraints too, so another linter rule installs nothing anew.
+$(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: | %/.created
 	@echo "==> Coterie with CAMEL in $(@D), versions of $(CONSTRAINTS) (minutes)"
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) torch
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[camel]' pytest
+	@$(PIP_EXTERNAL) -c $(CONSTRAINTS) torch
+	@$(PIP_EXTERNAL) -c $(CONSTRAINTS) -e '.[camel]' pytest
 	@touch $@
 
 $(OASIS_VENV)/.ready: constraints-oasis.txt constraints-camel.txt pyproject.toml | $(OASIS_VENV)/.created

@@ -107,6 +107,9 @@ class Progress(Silent):
     def stage(self, text: str) -> None:
         print(f"  {clean(text, lines=False)} ...", flush=True)
 
+    def warning(self, text: str) -> None:
+        print(f"\n!!! {clean(text)}\n", flush=True)
+
     def update(self, record: UpdateRecord) -> None:
         print(f"  cycle {record.update} of {self.cycles}: {record.seconds['total']:.1f} s", flush=True)
 
@@ -199,7 +202,8 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"{heading}\n{'=' * len(heading)}\n{group.about}\n", flush=True)
         env = make_environment(group, asked.base, asked.seed, asked.cycles)
         env.run_training_cycle(asked.cycles)
-        print(f"\nCycle 1 -> cycle {asked.cycles}:\n\n{what_changed(env).plain()}\n")
+        made_up = " (nothing was trained: see !!! above)" if env.untrained else ""
+        print(f"\nCycle 1 -> cycle {asked.cycles}{made_up}:\n\n{what_changed(env).plain()}\n")
     print(LEGEND)
     print(
         f"\n{asked.cycles} cycles on five tasks show how it works, and much of each change is chance. For models that "

@@ -25,7 +25,7 @@ from protocol import Facts, Repetition, serve, versions
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
 from coterie.rollout.runner import with_services
-from coterie.training.learner import LearnerStats, StepStats
+from coterie.training.base import LearnerStats, StepStats
 from coterie.types import AdapterVersion, Episode, GenerateRequest, Generation, Tier
 
 GROUP = 10
@@ -157,7 +157,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
     if spec["engine"] == "instant":
         parts.engine = engine
         parts.runner = with_services(parts.runner, engine=engine)
-        parts.learner = NoLearner()  # type: ignore[assignment]
+        parts.learner = NoLearner()
     counted = {"episodes": 0, "turns": 0}
 
     def keep(update: int, episodes: Sequence[Episode], failed: Sequence[Any], record: Any) -> None:

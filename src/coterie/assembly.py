@@ -1,29 +1,23 @@
 """Putting a run together: from settings and rules, which are light, to a loop that can train, which is not.
 
-    base -> an adapter for every model -> engines -> runner (scenario at tables) -> learner -> TrainingLoop
+    policies (base, an adapter for every model, learner) -> engines -> runner (scenario at tables) -> TrainingLoop
 
-Importing this imports torch; whoever must answer at once imports it late.
+torch is imported where policies that can be trained are made, and where it is missing they are ones that cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-import torch
-
-from coterie.credit.base import Magnetised
-from coterie.errors import AdapterError
+from coterie.config import RunConfig
+from coterie.credit.base import Magnet, Magnetised
+from coterie.errors import BaseModelError
 from coterie.evaluation import Evaluator
-from coterie.inference.canary import Probe
-from coterie.inference.deployment import Deployment, Weights
-from coterie.inference.local.engine import LocalEngine
+from coterie.inference.deployment import Deployment
 from coterie.inference.simulated import SimulatedEngine
-from coterie.lm.adapters import restore_adapter, save_adapter
-from coterie.lm.base import BaseModel, load_base
-from coterie.lm.forest import pack
+from coterie.lm.needed import missing_packages
 from coterie.loop import TaskQueue, TrainingLoop
 from coterie.models import LoRAModel
 from coterie.monitor.console import Observer
@@ -32,23 +26,61 @@ from coterie.rollout.runner import Runner
 from coterie.rollout.table import TableServices, stable_seed
 from coterie.runs.directory import RunDirectory
 from coterie.runs.state import Parts
+from coterie.runs.writer import RunWriter
 from coterie.scenarios.base import HasScripts, Scenario
-from coterie.training.learner import Learner
-from coterie.types import AdapterVersion, Observation, TrainingTask
+from coterie.training.base import Policies
+from coterie.types import ModelId, TrainingTask
 
-PROBE_TOKENS = 24
-"""Of the canary that tells whether a server applies an adapter as the learner does."""
+if TYPE_CHECKING:
+    from coterie.training.policies import TrainedPolicies
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
     """What a run trains with."""
 
-    base: BaseModel
+    policies: Policies
     loop: TrainingLoop
     deployment: Deployment
     calls: CallRecords | None
     """Of runs with servers."""
+    writer: RunWriter | None
+    """Of runs that are kept."""
+
+    @property
+    def trained(self) -> TrainedPolicies:
+        """The models as weights. Raises `BaseModelError` where there are none."""
+        if self.policies.untrained:
+            raise BaseModelError(self.policies.untrained)
+        return cast("TrainedPolicies", self.policies)
+
+    async def close(self) -> None:
+        """Let go of engines, servers, records and the run's database. Closing twice is fine."""
+        await self.deployment.close()
+        if self.calls is not None:
+            self.calls.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def policies_of(config: RunConfig, models: Iterable[LoRAModel], magnet: Magnet | None = None) -> Policies:
+    """Models that are trained, or, without torch, models that only play.
+
+    Raises:
+        BaseModelError: the base cannot be found or used.
+        AdapterError: the saved adapter of a model that goes on does not fit it or the base.
+    """
+    if missing := missing_packages():
+        from coterie.training.untrained import UntrainedPolicies
+
+        return UntrainedPolicies(config, missing)
+
+    from coterie.training.policies import TrainedPolicies
+
+    def seed_of(model_id: ModelId) -> int:
+        return stable_seed(config.seed, "adapter", model_id) % 2**63
+
+    return TrainedPolicies(config, models, seed_of, magnet)
 
 
 def assemble(
@@ -65,7 +97,8 @@ def assemble(
         parts: they stay the caller's, and the loop changes them.
         own_tasks: the user's queue; empty: the scenario's tasks are trained on.
         start: updates that are done already.
-        run: where records of calls go, and adapters for servers to read; None: nowhere, and a temporary directory.
+        run: where the run is kept, with records of calls and adapters for servers to read; None: nowhere, and adapters
+            in a temporary directory.
 
     Raises:
         ConfigError: the settings of a server.
@@ -73,25 +106,19 @@ def assemble(
         AdapterError: the saved adapter of a model that goes on does not fit it or the base.
     """
     config = parts.config
-    base = load_base(config.base)
-    for model in parts.models.values():
-        add_adapter(base, model, config.seed)
+    magnet = parts.credit.magnet if isinstance(parts.credit, Magnetised) else None
+    policies = policies_of(config, parts.models.values(), magnet)
+    chat = policies.chat
     inference = config.inference
-    local = LocalEngine(
-        base,
-        cache_tokens=config.engine.cache_tokens,
-        tokens_per_pass=config.engine.tokens_per_pass,
-        kept_versions=inference.staleness,
-    )
-    simulated = SimulatedEngine(lambda text: tuple(base.chat.tokenizer.encode(text, add_special_tokens=False)))
+    simulated = SimulatedEngine(lambda text: tuple(chat.tokenizer.encode(text, add_special_tokens=False)))
     path = run.calls_path if run is not None else None
     calls = CallRecords(path, inference.metrics_port) if inference.servers else None
     engine = Deployment(
         inference,
-        inside=(local, simulated),
-        weights=Weights(save=partial(_save, base), probe=partial(_probe, base)),
+        inside=(simulated,) if policies.local is None else (policies.local, simulated),
+        weights=policies.weights,
         calls=calls,
-        decode=base.chat.tokenizer.decode,
+        decode=chat.tokenizer.decode,
         root=run.path / "published" if run is not None else None,
         seed=config.seed,
         base=config.base.model,
@@ -99,7 +126,7 @@ def assemble(
     )
     services = TableServices(
         engine=engine,
-        chat=base.chat,
+        chat=chat,
         mode=parts.mode,
         scripts=scenario.scripts if isinstance(scenario, HasScripts) else {},
         calibration=parts.calibration,
@@ -110,7 +137,6 @@ def assemble(
     )
     runner = Runner(scenario, services)
     models = list(parts.models.values())
-    magnet = parts.credit.magnet if isinstance(parts.credit, Magnetised) else None
     tasks = TaskQueue(scenario, config.seed, start * config.rollout.tasks_per_update)
     for task in own_tasks:
         tasks.add(task)
@@ -120,7 +146,7 @@ def assemble(
         mode=parts.mode,
         credit=parts.credit,
         engine=engine,
-        learner=Learner(base, [m.config for m in models], config.learner, config.updates, magnet),
+        learner=policies.learner,
         runner=runner,
         tasks=tasks,
         evaluator=Evaluator(runner, models, config.seed, config.rollout.rotate_seats, config.rollout.max_failed_share),
@@ -129,41 +155,19 @@ def assemble(
         concurrent=engine.remote,
         calls=calls.metrics if calls is not None else None,
     )
-    return Assembled(base, loop, engine, calls)
+    made = Assembled(policies, loop, engine, calls, RunWriter(run, start) if run is not None else None)
+    if made.writer is not None:
+        loop.keep = made.writer.keep
+    if policies.untrained:
+        observer.warning(policies.untrained)
+    elif run is not None:
+        loop.save = _saving(run, parts, made.trained, observer)
+    return made
 
 
-def _save(base: BaseModel, version: AdapterVersion, directory: Path) -> None:
-    save_adapter(base.bank.training(version.model_id), directory, base, version)
+def _saving(run: RunDirectory, parts: Parts, trained: TrainedPolicies, observer: Observer) -> Callable[[int], None]:
+    """What saves the run after an update."""
+    from coterie.runs.checkpoint import RunSaver
 
-
-def _probe(base: BaseModel, version: AdapterVersion) -> Probe:
-    """Some tokens, and the log-probability of each after the first under the adapter in training, temperature 1."""
-    tokens = base.chat.render(Observation(user="Say which of these is a colour: stone, blue, seven."))[:PROBE_TOKENS]
-    forest = pack([(0, tokens)])
-    with torch.no_grad():
-        hidden = base.hidden(
-            torch.from_numpy(forest.token_ids).to(base.device),
-            torch.from_numpy(forest.positions).to(base.device),
-            forest.plan(),
-            [(base.bank.training(version.model_id), 0, len(tokens))],
-        )
-        logprobs = base.logits(hidden[:-1]).log_softmax(-1)
-    after = torch.tensor(tokens[1:], device=logprobs.device)
-    return tokens, tuple(logprobs.gather(1, after[:, None])[:, 0].tolist())
-
-
-def add_adapter(base: BaseModel, model: LoRAModel, seed: int) -> None:
-    """Give a model an adapter in training: the one saved where it stands, or, for a new model, one equal to the base.
-
-    Raises:
-        AdapterError: the saved one does not fit; the bank is then as it was.
-    """
-    c = model.config
-    adapter = base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, stable_seed(seed, "adapter", c.model_id) % 2**63)
-    if model.version and model.adapter_dir is not None:
-        try:
-            restore_adapter(adapter, model.adapter_dir, base, model.adapter)
-        except AdapterError:
-            base.bank.remove(c.model_id)
-            raise
-    base.bank.publish(model.adapter)
+    saver = RunSaver(run, parts, trained)
+    return lambda update: observer.note(f"saved {saver.save(update)}")

@@ -20,6 +20,7 @@ from coterie.config import RunConfig, check_models, parse_config, with_server
 from coterie.credit.base import build_credit
 from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
 from coterie.inference.deployment import server_specs
+from coterie.lm.needed import need_packages
 from coterie.models import LoRAModel, ModelConfig
 from coterie.modes.base import build_mode
 from coterie.monitor.console import Observer, Silent
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from coterie.evaluation import Evaluation
     from coterie.lm.base import BaseModel
     from coterie.loop import TrainingLoop
-    from coterie.runs.writer import RunWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class TrainSummary:
     update: int
     table: ResultTable | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    untrained: str = ""
+    """Why nothing was trained; empty: it was."""
 
 
 class MultiModelEnvironment:
@@ -98,9 +100,7 @@ class MultiModelEnvironment:
         self.models: dict[ModelId, LoRAModel] = {}
         self._own_tasks: list[TrainingTask] = []
         self._loop: TrainingLoop | None = None
-        self._base: BaseModel | None = None
         self._made: Assembled | None = None
-        self._writer: RunWriter | None = None
         self._stopping = False
         self._seats_fit = False
         for model in config.models:
@@ -124,6 +124,7 @@ class MultiModelEnvironment:
             ConfigError: its config.toml was edited where the checkpoint's adapters do not allow it.
             BaseModelError: its base is another one now.
         """
+        need_packages(f"going on with run {run_dir.path}, whose checkpoint holds weights,")
         from coterie.runs.checkpoint import load_checkpoint
 
         folder = run_dir.latest_checkpoint()
@@ -133,13 +134,14 @@ class MultiModelEnvironment:
         check_fits(run_dir, checkpoint.update, checkpoint.state)
         env = cls(config=run_dir.config, observer=observer, run_dir=run_dir)
         env._parts().restore(checkpoint.state)
-        loop = env.build(start=checkpoint.update)
-        if env.base.fingerprint != checkpoint.state["base_fingerprint"]:
+        env.build(start=checkpoint.update)
+        made = env._assembled
+        if made.trained.base.fingerprint != checkpoint.state["base_fingerprint"]:
             raise BaseModelError(
-                f"run {run_dir.path} was trained on another base model than {env.base.path}; "
+                f"run {run_dir.path} was trained on another base model than {made.trained.base.path}; "
                 "put the original back, or start a new run"
             )
-        loop.learner.restore(checkpoint.tensors)
+        made.trained.learner.restore(checkpoint.tensors)
         entries = MetricsFile.read(run_dir.metrics_path)  # building cut off what is past the checkpoint
         for model in env.models.values():
             model.performance_history = history_of(model.model_id, entries)
@@ -185,12 +187,8 @@ class MultiModelEnvironment:
                     f"model_id {config.model_id!r} was used earlier in run {self.run_dir.path}, which keeps its "
                     "adapter versions; choose another id"
                 )
-            from coterie.assembly import add_adapter
-
-            assert self._base is not None
-            add_adapter(self._base, added, self.config.seed)
+            self._assembled.policies.add(added)
             self._loop.models.append(added)
-            self._loop.learner.add(config)
         self.models[config.model_id] = added
         self._seats_fit = False
         return added
@@ -203,9 +201,7 @@ class MultiModelEnvironment:
         self._seats_fit = False
         if self._loop is not None:
             self._loop.models.remove(model)
-            self._loop.learner.remove(model_id)
-            assert self._base is not None
-            self._base.bank.remove(model_id)
+            self._assembled.policies.remove(model_id)
 
     def add_task(self, task: TrainingTask) -> None:
         """Put a task into the user's queue; once it has one, training plays only the queue, over and over.
@@ -262,6 +258,9 @@ class MultiModelEnvironment:
             stopped = self._stopping
         finally:
             self._stopping = loop.stopping = False
+        if self.untrained:
+            self.observer.warning(self.untrained)  # again: the first one is far up by now
+            return TrainSummary(True, loop.update, untrained=self.untrained)
         count = self.config.evaluation.tasks
         if count == 0 or stopped:
             return TrainSummary(True, loop.update)
@@ -296,12 +295,14 @@ class MultiModelEnvironment:
         return await runner.one(Plan(task, holders, f"play.{task_index}", "play", loop.update))
 
     def get_environment_stats(self) -> dict[str, Any]:
-        """What there is and how it has done: mode, scenario, updates, and every model's settings and last figures."""
+        """What there is and how it has done: mode, scenario, updates, why nothing is trained ("untrained", empty where
+        it is), tiers, and every model's settings and last figures."""
         return {
             "training_mode": str(self.config.mode),
             "scenario": self.config.scenario.id,
             "base": self.config.base.model,
             "updates": self._loop.update if self._loop else 0,
+            "untrained": self.untrained,
             "total_models": len(self.models),
             "max_models": self.config.max_models,
             "queued_tasks": len(self._own_tasks),
@@ -316,44 +317,40 @@ class MultiModelEnvironment:
     async def aclose(self) -> None:
         """Let go of engine and database. Training again builds nothing new, so this comes last."""
         if self._made is not None:
-            await self._made.deployment.close()
-            if self._made.calls is not None:
-                self._made.calls.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            await self._made.close()
 
     # -- building -----------------------------------------------------------------------------------------------
 
     @property
     def base(self) -> BaseModel:
-        """The loaded base model."""
+        """The loaded base model. Raises `BaseModelError` where there is none, because torch is missing."""
         self._ready()
-        assert self._base is not None
-        return self._base
+        return self._assembled.trained.base
+
+    @property
+    def untrained(self) -> str:
+        """Why no weight can move in this run; empty: weights are trained, or it is not known before the first cycle."""
+        return self._made.policies.untrained if self._made is not None else ""
 
     def build(self, start: int = 0) -> TrainingLoop:
-        """Load the base and put the parts together; `start` updates are done already."""
+        """Load the base and put the parts together; `start` updates are done already. Without torch the run only plays,
+        and says so."""
         from coterie.assembly import assemble
 
         self.observer.stage(f"loading base {self.config.base.model}")
         parts = self._parts()
         made = assemble(self.scenario, parts, self._own_tasks, self.observer, start, self.run_dir)
-        self._base, self._loop, self._made = made.base, made.loop, made
-        if self.run_dir is not None:
-            from coterie.runs.writer import RunWriter
-
-            self._writer = RunWriter(self.run_dir, parts, made.base, made.loop.learner, start)
-            self._loop.keep, self._loop.save = self._writer.keep, self._save
+        self._loop, self._made = made.loop, made
         self._loop.stopping = self._stopping
         return self._loop
 
+    @property
+    def _assembled(self) -> Assembled:
+        assert self._made is not None
+        return self._made
+
     def _parts(self) -> Parts:
         return Parts(self.config, self.models, self.mode, self.credit, self.calibration)
-
-    def _save(self, update: int) -> None:
-        assert self._writer is not None
-        self.observer.note(f"saved {self._writer.save(update)}")
 
     def _ready(self) -> TrainingLoop:
         if not self._seats_fit:

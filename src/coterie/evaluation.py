@@ -14,6 +14,7 @@ from typing import Any
 
 from coterie.errors import CoterieError, ScenarioError, cause
 from coterie.models import LoRAModel
+from coterie.monitor.metrics import simulated_share
 from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
 from coterie.rollout.matchmaking import frozen_as
@@ -48,11 +49,14 @@ class Evaluation:
 
     tasks: int
     measured: Mapping[str, Measured]
+    simulated: float = 0.0
+    """Share of turns that nothing generated; above 0 the figures say nothing of any model."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, for results/ and the documentation's tables."""
         return {
             "tasks": self.tasks,
+            **({"simulated": self.simulated} if self.simulated else {}),
             "players": {
                 player: {
                     "mean": m.mean,
@@ -79,9 +83,10 @@ class Evaluation:
         for name in self.measured[players[0]].exact:
             values = [self.measured[p].exact[name] for p in players]
             rows.append(("exact", name, *values, values[-1] - values[0]))
+        warned = f"SIMULATED RESPONSES ({self.simulated:.0%} of turns), of no model: " if self.simulated else ""
         failed = max(m.failed for m in self.measured.values())
         return ResultTable(
-            f"Held-out accuracy on {self.tasks} tasks no training step saw"
+            f"{warned}Held-out accuracy on {self.tasks} tasks no training step saw"
             + (f" (up to {failed} failed and are left out)" if failed else ""),
             ("task type", "model", *players, "gain"),
             tuple(rows),
@@ -111,17 +116,20 @@ class Evaluator:
     async def all(self, count: int, split: Split, report: Report) -> Evaluation:
         """Measure the bare base, the calibrated base and the trained policies on the same `count` tasks."""
         tasks = list(islice(draw_tasks(self.runner.scenario, split, self.seed), count))
-        measured = {}
+        measured, simulated = {}, []
         for number, player in enumerate(PLAYERS):
 
             def step(done: int, number: int = number, player: str = player) -> None:
                 report(f"evaluating {player}", number * len(tasks) + done, len(PLAYERS) * len(tasks))
 
-            measured[player] = await self.one(player, tasks, step)
-        return Evaluation(len(tasks), measured)
+            measured[player], share = await self.one(player, tasks, step)
+            simulated.append(share)
+        return Evaluation(len(tasks), measured, sum(simulated) / len(simulated))
 
-    async def one(self, player: str, tasks: Sequence[TrainingTask], step: Callable[[int], None]) -> Measured:
-        """Measure one kind of player."""
+    async def one(
+        self, player: str, tasks: Sequence[TrainingTask], step: Callable[[int], None]
+    ) -> tuple[Measured, float]:
+        """Measure one kind of player; also the share of its turns that were simulated."""
         changes: dict[str, Any] = {"temperature": 0.0}
         if player == "bare base":
             changes["calibration"] = Calibration()
@@ -144,7 +152,7 @@ class Evaluator:
             failed.extend(broken)
             self._check_failures(failed, len(tasks))
             step(len(episodes) + len(failed))
-        return _measure(episodes, await self.exact(runner, base), len(failed))
+        return _measure(episodes, await self.exact(runner, base), len(failed)), simulated_share(episodes)
 
     def _check_failures(self, failed: Sequence[FailedEpisode], total: int) -> None:
         if len(failed) > self.max_failed_share * total:

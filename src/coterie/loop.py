@@ -22,8 +22,8 @@ from coterie.monitor.console import Observer
 from coterie.monitor.metrics import UpdateRecord, measure
 from coterie.rollout.runner import Runner
 from coterie.scenarios.base import Scenario, draw_tasks
+from coterie.training.base import Learner, LearnerStats
 from coterie.training.batch import build_batch
-from coterie.training.learner import Learner, LearnerStats
 from coterie.types import Episode, FailedEpisode, Split, TrainingTask
 
 LEARNED = ("loss", "entropy", "kl", "magnet_kl", "mismatch", "max_ratio", "grad_norm", "learning_rate", "tokens")

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from coterie.lm.adapters import save_adapter
 from coterie.lm.base import BaseModel, load_base
 from coterie.lm.embedded import resolve_base
 from coterie.types import AdapterVersion
-from tests.external.processes import ServerProcess, coterie_command, vllm_command
+from tests.external.processes import Launch, ServerProcess, coterie_command, vllm_command
 
 BASE = "smollm2-135m-instruct"
 SERVED = "base"
@@ -37,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # packages tested here warn about their own dependencies
     config.addinivalue_line("filterwarnings", "default")
     os.environ["PYDANTIC_DISABLE_PLUGINS"] = "1"
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    """As Ctrl-C: servers are in sessions of their own, and would outlive tests that just end."""
+    raise KeyboardInterrupt
 
 
 def why_no_vllm() -> str | None:
@@ -55,17 +63,16 @@ def base_path() -> Path:
     return resolve_base(BASE)
 
 
-def _start(number: int, base: Path, folder: Path) -> ServerProcess:
+def launch(number: int, base: Path, adapters: Path) -> Launch:
+    """How the `number`-th server of `base` is started; it may read adapters below `adapters` and temporary folders."""
     if os.environ.get("COTERIE_EXTERNAL") == "serve":
-        command = coterie_command(str(base), SERVED, folder)
-    else:
-        if problem := why_no_vllm():
-            pytest.skip(problem)
-        python = os.environ.get("COTERIE_VLLM_PYTHON")
-        if not python:
-            pytest.fail("COTERIE_VLLM_PYTHON is not set; run these tests by: make test-external", pytrace=False)
-        command = vllm_command(python, str(base), SERVED, core=number)
-    return ServerProcess(f"server-{number}", command, folder)
+        return coterie_command(str(base), SERVED, adapters, Path(tempfile.gettempdir()))
+    if problem := why_no_vllm():
+        pytest.skip(problem)
+    python = os.environ.get("COTERIE_VLLM_PYTHON")
+    if not python:
+        pytest.fail("COTERIE_VLLM_PYTHON is not set; run these tests by: make test-external", pytrace=False)
+    return vllm_command(python, str(base), SERVED, core=number)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +94,8 @@ def _servers(base_path: Path, server_folder: Path) -> Iterator[list[ServerProces
 
 def _wanted(count: int, started: list[ServerProcess], base: Path, folder: Path) -> list[ServerProcess]:
     while len(started) < count:
-        started.append(_start(len(started), base, folder))
+        number = len(started)
+        started.append(ServerProcess(f"server-{number}", launch(number, base, folder), folder))
     servers = started[:count]
     for server in servers:
         server.start()

@@ -64,7 +64,7 @@ def vllm_command(python: str, model: str, served: str, *, core: int) -> Launch:
     return Launch(argv, environment)
 
 
-def coterie_command(model: str, served: str, adapters: Path, *, api_key: str | None = None) -> Launch:
+def coterie_command(model: str, served: str, *adapters: Path, api_key: str | None = None) -> Launch:
     """`coterie serve` with the interpreter of these tests."""
     environment = {"OMP_NUM_THREADS": "1"}
     more: tuple[str, ...] = ()
@@ -72,11 +72,12 @@ def coterie_command(model: str, served: str, adapters: Path, *, api_key: str | N
         environment["COTERIE_TEST_KEY"] = api_key
         more = ("--api-key-env", "COTERIE_TEST_KEY")
     program = "from coterie.cli.main import main; main()"
+    directories = [part for adapter in adapters for part in ("--adapter-dir", str(adapter))]
 
     def argv(port: int) -> tuple[str, ...]:
         return (
             sys.executable, "-c", program, "serve", model, "--served-name", served, "--port", str(port),
-            "--adapter-dir", str(adapters), "--dtype", "float32", *more,
+            "--dtype", "float32", *directories, *more,
         )  # fmt: skip
 
     return Launch(argv, environment, api_key)

@@ -325,6 +325,37 @@ def test_a_users_model_brings_its_server_and_keeps_its_extra_fields() -> None:
     run(play())
 
 
+def test_the_client_asks_through_a_users_models_and_leaves_one_whose_server_died() -> None:
+    async def play() -> None:
+        async with FakeServer(seed=1) as one, FakeServer(seed=1) as two:
+            models = [user_model(server.spec) for server in (one, two)]
+            async with VLLMClient(model_name="fake-model", camel_models=models, policy="round_robin") as client:
+                answers = await asyncio.gather(*(client.generate(f"{n}", 3, seed=n) for n in range(8)))
+                assert one.answered > 0 < two.answered
+                one.kill()
+                assert await asyncio.gather(*(client.generate(f"{n}", 3, seed=n) for n in range(8))) == answers
+                assert client.tier is Tier.CAMEL
+            for model in models:  # still usable: their owner closes them
+                assert not model._async_client.is_closed()
+                model._client.close()
+                await model._async_client.close()
+
+    run(play())
+
+
+def test_the_client_asks_a_real_server_through_a_users_model(vllm: ServerProcess) -> None:
+    async def play() -> None:
+        model = user_model(vllm.spec)
+        async with VLLMClient(model_name=SERVED, camel_models=[model], timeout_s=240) as client:
+            answer = await client.generate("Say hello.", max_tokens=8, temperature=0.0, return_tokens=True)
+            assert (answer.tier, answer.server) == (Tier.CAMEL, vllm.spec.name)
+            assert len(answer.token_ids or ()) == len(answer.logprobs or ()) > 0
+        model._client.close()
+        await model._async_client.close()
+
+    run(play())
+
+
 def test_prompt_ids_are_refused() -> None:
     async def play() -> None:
         async with FakeServer() as server:

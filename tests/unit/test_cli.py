@@ -209,6 +209,7 @@ class Ended:
     update: int
     table: ResultTable | None = None
     results: Mapping[str, Any] = field(default_factory=dict)
+    untrained: str = ""
 
 
 class Trainer:

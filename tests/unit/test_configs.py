@@ -31,8 +31,6 @@ def _marked(path: Path) -> ParameterSet:
     return pytest.param(path, id=path.stem, marks=[pytest.mark.oasis] if path.stem == OASIS else [])
 
 
-
-
 @pytest.fixture(params=map(_marked, CONFIGS))
 def path(request: pytest.FixtureRequest) -> Path:
     found: Path = request.param

@@ -55,6 +55,44 @@ def record(update: int, updates: int = 40, *names: str, accuracy: bool = True, t
     return UpdateRecord(update, updates, metrics, performances, {"total": total})
 
 
+def test_a_warning_cannot_be_missed(caplog: pytest.LogCaptureFixture) -> None:
+    stream = io.StringIO()
+    PlainConsole(stream).warning(f"nothing is trained{EVIL} " + "because torch is missing " * 8)
+    first, *lines, last = stream.getvalue().splitlines()
+    assert first == last == "!" * 100
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("nothing is trained")
+    assert not any(unicodedata.category(c) == "Cc" for c in "".join(lines))
+
+    shown = io.StringIO()
+    live = LiveConsole(Console(file=shown, width=60, force_terminal=True))
+    live.warning("nothing is trained")
+    live.close()
+    assert "nothing is trained" in shown.getvalue()
+    assert "\x1b[1;31m" in shown.getvalue()  # bold and red
+
+    Silent().warning("nothing is trained")
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", "nothing is trained")]
+
+
+def test_made_up_updates_are_marked_in_every_line() -> None:
+    stream = io.StringIO()
+    simulated = replace(record(1), metrics={"episodes/simulated_share": 0.25})
+    plain = PlainConsole(stream)
+    plain.update(record(1))
+    plain.update(simulated)
+    honest, marked = stream.getvalue().splitlines()
+    assert "SIMULATED" not in honest
+    assert "SIMULATED 25%" in marked
+    shown = io.StringIO()
+    live = LiveConsole(Console(file=shown, width=90))
+    live.update(simulated)
+    Console(file=shown, width=90).print(live.renderable())
+    live.close()
+    assert "SIMULATED 25%" in shown.getvalue()
+
+
 class Clock:
     """A clock that is moved by hand."""
 

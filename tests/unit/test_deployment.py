@@ -25,7 +25,8 @@ def test_without_servers_the_first_engine_inside_does_everything() -> None:
     deployment = Deployment(_config(), inside=(local, SimulatedEngine()))
     assert deployment.tier is local.tier
     assert not deployment.remote
-    assert deployment.status() == ()
+    (status,) = deployment.status()
+    assert (status.tier, status.up, status.in_use) == (local.tier, True, True)
 
 
 def test_tiers_that_can_never_answer_are_refused() -> None:
@@ -82,6 +83,27 @@ def test_a_version_is_saved_loaded_asked_for_and_taken_down(tmp_path: Path) -> N
             assert len(server.loaded) == 3  # the current one, and two behind it
             assert len(list((tmp_path / "published").iterdir())) == 3
             await deployment.close()
+            assert server.loaded == {}
         assert not (tmp_path / "published").exists()
+
+    asyncio.run(go())
+
+
+def test_files_a_silent_server_may_still_read_are_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def go() -> None:
+        async with FakeServer() as server, FakeServer() as other:
+            deployment = Deployment(
+                _config(servers=[{"url": server.url}, {"url": other.url}], tiers=["http"]),
+                inside=(),
+                weights=Weights(lambda version, directory: write_adapter(directory, seed=1), lambda version: None),
+                root=tmp_path / "published",
+            )
+            await deployment.publish(AdapterVersion("a", 1))
+            server.kill()
+            await deployment.close()
+            assert other.loaded == {}
+        (left,) = (tmp_path / "published").iterdir()
+        assert (left / "adapter_model.safetensors").is_file()
+        assert "may still read" in caplog.text
 
     asyncio.run(go())

@@ -24,6 +24,7 @@ from coterie.types import (
     Seat,
     Split,
     TaskType,
+    Tier,
     TrainingTask,
 )
 from tests.support.engines import LogitEngine, Words, make_services
@@ -218,3 +219,15 @@ def test_as_dict_is_plain_json() -> None:
     assert data == found.as_dict()
     assert data["players"]["trained"]["by_task_type"]["reasoning"] == {"a": 1.0, "b": 1.0}
     assert data["players"]["trained"]["exact"].keys() == {"yes"}
+
+
+def test_figures_of_made_up_answers_are_labelled() -> None:
+    honest = measured(Quiz())
+    assert honest.simulated == 0.0
+    assert "simulated" not in honest.as_dict()
+    assert honest.table().title.startswith("Held-out")
+    engine = Learned()
+    engine.tier = Tier.SIMULATED
+    found = measured(Quiz(), engine=engine)
+    assert found.as_dict()["simulated"] == found.simulated == 1.0
+    assert found.table().title.startswith("SIMULATED RESPONSES (100% of turns)")

@@ -767,6 +767,19 @@ def test_the_fake_runs_in_a_process_of_its_own_and_survives_sigkill() -> None:
     run(go())
 
 
+def test_a_killed_process_can_be_left_and_killed_again() -> None:
+    async def go() -> None:
+        async with FakeProcess(seed=4) as server:
+            server.kill()
+            assert server._process is not None
+            await server._process.wait()
+            server.kill()
+        async with FakeProcess(seed=4) as server:
+            server.kill()  # and not waited for
+
+    run(go())
+
+
 def test_a_process_that_cannot_start_says_so() -> None:
     async def go() -> None:
         with pytest.raises(EngineError, match="did not start"):

@@ -13,7 +13,7 @@ import pytest
 from coterie.models import LoRAModel, ModelConfig
 from coterie.monitor.metrics import METRICS, UpdateRecord, describe, measure
 from coterie.runs.sinks import MetricsFile
-from coterie.types import Episode, FailedEpisode, ModelId, ModelRole, TaskType
+from coterie.types import Episode, FailedEpisode, ModelId, ModelRole, TaskType, Tier
 from tests.support.episodes import episode, group, make_task, make_turn
 
 
@@ -266,7 +266,8 @@ def rich_update() -> list[Episode]:
         )
         for coin in (False, True)
     ]
-    return led + free
+    made_up = episode("made up", scores={"c": 0.5}, turns={"c": [make_turn("c", tier=Tier.SIMULATED)]})
+    return [*led, *free, made_up]
 
 
 def test_every_metric_is_documented_and_every_document_has_a_metric() -> None:

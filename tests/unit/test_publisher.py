@@ -495,3 +495,21 @@ def test_after_a_load_that_was_never_answered_nothing_is_deleted_for_a_while(tmp
             assert not (tmp_path / "m@v1").exists()
 
     asyncio.run(main())
+
+
+def test_at_the_end_everything_is_taken_down_but_what_a_silent_server_may_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(2, tmp_path) as here:
+            for version in (1, 2):
+                await here.publish(version)
+            await here.publish(1, model="other")
+            here.servers[0].kill()
+            left = await here.publisher.withdraw()
+            assert {path.name for path in left} == {"m@v1", "m@v2", "other@v1"}
+            assert all(path.is_dir() for path in left)
+            assert here.servers[1].loaded == {}
+            await here.servers[0].revive()
+            assert await here.publisher.withdraw() == ()  # it holds nothing any more, and says so
+            assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coterie.errors import BaseModelError
+from coterie.lm.base import BaseModel
 from coterie.lm.quiet import quiet_transformers
 from coterie.lm.tiny import FAMILIES, tiny_random, tiny_tokenizer
 
@@ -25,6 +27,11 @@ def test_seed_decides_the_weights_and_the_global_generator_is_untouched(tmp_path
     again, other = tiny_random(tmp_path / "b", seed=3), tiny_random(tmp_path / "c", seed=4)
     assert weights(first) == weights(again)
     assert weights(first) != weights(other)
+
+
+def test_heads_can_be_wider_than_their_share(tmp_path: Path, make_base: Callable[..., BaseModel]) -> None:
+    base = make_base(model=str(tiny_random(tmp_path, head_dim=32)))
+    assert (base.head_dim, base.heads, base.hidden_size) == (32, 4, 64)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

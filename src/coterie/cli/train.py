@@ -37,6 +37,8 @@ class Summary(Protocol):
     def table(self) -> ResultTable | None: ...
     @property
     def results(self) -> Mapping[str, Any]: ...
+    @property
+    def untrained(self) -> str: ...
 
 
 class Trainable(Protocol):
@@ -181,7 +183,9 @@ def _how_to_go_on(run: RunDirectory) -> str:
 def _say_end(run: RunDirectory, summary: Summary | None) -> None:
     from coterie.runs.directory import command
 
-    if summary is not None and summary.completed:
+    if summary is not None and summary.untrained:
+        say(f"\nrun: {run.path} (episodes and metrics only: nothing was trained, so there is nothing to go on from)")
+    elif summary is not None and summary.completed:
         say(f"\nrun: {run.path}")
         say(f"measure it again: {command('eval', run.path)}")
         say(f"take a seat yourself: {command('play', run.path)}")

@@ -9,18 +9,14 @@ opening is measured once (`overhead`) and left out of every count.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
 from coterie.errors import BaseModelError, ConfigError
 from coterie.lm.catalog import CATALOG, model_directory
-
-Message = Mapping[str, Any]
-"""One OpenAI chat message."""
+from coterie.lm.template import ChatTemplate, Message, template_of, to_json
 
 
 class ChatCounter(Protocol):
@@ -59,7 +55,7 @@ class TokenizerCounter:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise BaseModelError(f"cannot read {path}: {error}") from error
-        self._template = _Template(*_template_of(directory))
+        self._template = _Form(*template_of(directory))
         user: Message = {"role": "user", "content": "x"}
         system: Message = {"role": "system", "content": "x"}
         alone, opened, both = self._length([user]), self._length([system]), self._length([system, user])
@@ -124,58 +120,21 @@ def counter_for(tokenizer: str | Path | None) -> ChatCounter:
     return TokenizerCounter(directory)
 
 
-class _Template:
-    """A model's chat template in the sandbox it is meant for; where it fails, a plain form of about equal length."""
+class _Form:
+    """A chat's text under the model's template; where that fails, a plain form of about equal length, because counting
+    must not stop a conversation that the server itself may well accept."""
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_refuse, strftime_now=_now)
-        self._failures = (TemplateError, TypeError, ValueError)
-        self._special = special
-        try:
-            # marks for training on the assistant's part only; they make no text
-            plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", source)
-            self._template = environment.from_string(plain) if plain else None
-        except TemplateError:
-            self._template = None
+        self._template: ChatTemplate | None = None
+        with suppress(BaseModelError):
+            self._template = ChatTemplate(source, special)
 
     def render(self, messages: Sequence[Message], answer: bool) -> str:
         if self._template is not None:
-            shown = [{**message, "content": _text(message)} for message in messages]
-            try:
-                return self._template.render(
-                    messages=shown, tools=None, documents=None, add_generation_prompt=answer, **self._special
-                )
-            except self._failures:
-                pass  # counting must not stop a conversation that the server itself may well accept
+            with suppress(BaseModelError):
+                return self._template.render([{**m, "content": _text(m)} for m in messages], answer)
         body = "".join(f"<|im_start|>{m.get('role', '')}\n{_text(m)}<|im_end|>\n" for m in messages)
         return body + ("<|im_start|>assistant\n" if answer else "")
-
-
-def _template_of(directory: Path) -> tuple[str, dict[str, str]]:
-    """The template's source, empty where there is none, and the special tokens it may name."""
-    settings: dict[str, Any] = {}
-    if (path := directory / "tokenizer_config.json").is_file():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BaseModelError(f"{path} is damaged: {error}") from error
-    special = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = settings.get(key)
-        special[key] = token if isinstance(token, str) else str((token or {}).get("content", ""))
-    if (path := directory / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8"), special
-    source = settings.get("chat_template") or ""
-    if isinstance(source, list):  # several by name
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default", "")
-    return str(source), special
 
 
 def _text(message: Message) -> str:
@@ -184,18 +143,4 @@ def _text(message: Message) -> str:
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     calls = message.get("tool_calls")
-    return (content or "") + (_to_json(calls) if calls else "")
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str, indent=options.get("indent"))
-
-
-def _refuse(message: str) -> NoReturn:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return (content or "") + (to_json(calls) if calls else "")

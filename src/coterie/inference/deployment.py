@@ -9,6 +9,7 @@ directory comes from is settled here. Nothing here imports torch.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -34,6 +35,9 @@ from coterie.inference.wire import ServerSpec, Transport, server_spec
 from coterie.types import AdapterVersion, GenerateRequest, Generation, ModelId, Tier
 
 logger = logging.getLogger("coterie.deployment")
+
+WITHDRAW_S = 15.0
+"""Servers have, at the end of a run, to let go of its adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ class Deployment:
         if not engines:
             raise ConfigError(
                 f"inference.tiers is {', '.join(config.tiers)}: none of them can answer here; name servers "
-                "(inference.servers), or add the tier 'local'"
+                "(inference.servers), or add a tier without: 'local' (needs torch), or last 'simulated'"
             )
         self.remote = self.fleet is not None
         """Whether there are servers at all."""
@@ -201,8 +205,10 @@ class Deployment:
             await self._engine.start()
 
     def status(self) -> tuple[TierStatus, ...]:
-        """Every tier, in order; empty where a single engine inside the process does everything."""
-        return self._engine.status() if isinstance(self._engine, TieredEngine) else ()
+        """Every tier, in order; a single one where an engine inside the process does everything."""
+        if isinstance(self._engine, TieredEngine):
+            return self._engine.status()
+        return (TierStatus(self._engine.tier, up=True, in_use=True, why="", retry_in_s=0.0),)
 
     async def rest(self) -> None:
         """Let go of connections before an event loop ends; the next call opens others."""
@@ -210,10 +216,24 @@ class Deployment:
             await self._engine.rest()
 
     async def close(self) -> None:
-        """Close every tier and delete what was saved for the servers."""
+        """Close every tier. What was published is taken down from the servers first, and its files are deleted, but for
+        those a server may still read, which would die of it."""
+        left = await self._withdraw()
         await self._engine.close()
-        if self._root is not None:
+        if left:
+            logger.warning("%s is not deleted: a server that does not answer may still read adapters in it", self._root)
+        elif self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
+
+    async def _withdraw(self) -> bool:
+        """Whether files are left that some server may read."""
+        if self.publisher is None:
+            return False
+        try:
+            async with asyncio.timeout(WITHDRAW_S):
+                return bool(await self.publisher.withdraw())
+        except TimeoutError:
+            return True
 
 
 def _transport(tier: Tier) -> Transport | None:

@@ -328,6 +328,15 @@ class Publisher:
         await asyncio.gather(*(self._take_down(record) for record in old))
         return tuple(record.version for record in fresh if record.collected)
 
+    async def withdraw(self) -> tuple[Path, ...]:
+        """Take everything down, at the end of a run; as `collect`, whatever is current.
+
+        Returns:
+            Directories that are not deleted, because a server did not say that it has let go of them.
+        """
+        await asyncio.gather(*(self._take_down(record) for record in list(self._published.values())))
+        return tuple(record.directory for record in self._published.values())
+
     async def _take_down(self, record: _Published) -> None:
         if not record.collected:
             try:

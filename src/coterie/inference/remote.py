@@ -18,11 +18,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,18 @@ from coterie.inference.base import check_request
 from coterie.inference.calls import CallSink, NoCalls
 from coterie.inference.fleet import Fleet
 from coterie.inference.local.choices import TrieNode, build_trie
+from coterie.inference.points import Found, KnownPoints, Point, distribution_of, point_of
 from coterie.inference.pool import NoServers
-from coterie.inference.sampling import Distribution, uniform
+from coterie.inference.sampling import uniform
 from coterie.inference.sharing import InFlight
-from coterie.inference.trust import TierFailedError, Trust, UnfitServerError, allowed_logprobs, check_reply
+from coterie.inference.trust import (
+    TierFailedError,
+    Trust,
+    UnfitServerError,
+    allowed_logprobs,
+    check_reply,
+    check_template,
+)
 from coterie.inference.wire import (
     FaultKind,
     RejectedRequest,
@@ -54,17 +60,6 @@ DETECT_S = 10.0
 
 _SEED_MASK = (1 << 31) - 1
 _PREFIX_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """A branching point: what decides its distribution."""
-
-    adapter: AdapterVersion | None
-    prompt_ids: tuple[int, ...]
-    allowed: tuple[int, ...]
-    bias: tuple[tuple[int, float], ...]
-    temperature: float
 
 
 class RemoteEngine:
@@ -97,10 +92,9 @@ class RemoteEngine:
         self._calls: CallSink = calls or NoCalls()
         self._decode = decode
         self._max_top = max_top
-        self._remembered = remembered
         self._chat = transport.tier is Tier.CAMEL
-        self._known: OrderedDict[_Point, tuple[Distribution, str]] = OrderedDict()
-        self._measuring: InFlight[_Point, tuple[Distribution, str]] = InFlight()
+        self._known = KnownPoints(remembered)
+        self._measuring: InFlight[Point, Found] = InFlight()
         self._trust = Trust(transport, fleet)
 
     # -- the Engine protocol ------------------------------------------------------------------------------------
@@ -134,8 +128,7 @@ class RemoteEngine:
     async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None:
         """See `Engine.publish`. Version 0 needs no directory: it is the base."""
         await self.fleet.publish(version, adapter_dir)
-        for point in [point for point in self._known if point.adapter == version]:
-            del self._known[point]
+        self._known.forget(version)
 
     async def rest(self) -> None:
         """Let go of connections, before an event loop ends and another goes on; a later call opens others."""
@@ -178,7 +171,7 @@ class RemoteEngine:
         while not node.final:
             token, logprob, surprise = node.allowed[0], 0.0, 0.0
             if len(node.allowed) > 1:
-                point = self._point(request, tuple(tokens), node.allowed)
+                point = point_of(request, tuple(tokens), node.allowed)
                 if len(node.allowed) <= self._max_top:
                     found, server = await self._distribution(point, request)
                     drawn = found.sample(uniform(request.seed, len(tokens))) if request.temperature else found.greedy()
@@ -213,7 +206,7 @@ class RemoteEngine:
                 assert node.choice is not None
                 probs[node.choice] = mass
                 return
-            found, server = await self._distribution(self._point(request, path, node.allowed), request)
+            found, server = await self._distribution(point_of(request, path, node.allowed), request)
             servers.append(server)
             async with asyncio.TaskGroup() as group:
                 for token, p in zip(found.allowed, found.probs, strict=True):
@@ -228,30 +221,15 @@ class RemoteEngine:
             tier=self.tier, finish_reason="choice", choice_probs=tuple(probs), server=servers[-1] if servers else "",
         )  # fmt: skip
 
-    def _point(self, request: GenerateRequest, path: tuple[int, ...], allowed: tuple[int, ...]) -> _Point:
-        bias = request.bias or {}
-        return _Point(
-            adapter=request.adapter,
-            prompt_ids=request.prompt_ids + path,
-            allowed=allowed,
-            bias=tuple((token, bias[token]) for token in allowed if bias.get(token)),
-            temperature=request.temperature or 1.0,
-        )
-
-    async def _distribution(self, point: _Point, request: GenerateRequest) -> tuple[Distribution, str]:
+    async def _distribution(self, point: Point, request: GenerateRequest) -> Found:
         """The distribution at a point, and the server it came from; those who ask at once share a call."""
         found = self._known.get(point)
-        if found is not None:
-            self._known.move_to_end(point)
-            return found
-        found = await self._measuring.do(point, partial(self._measure, point, request))
-        if self._remembered:
-            self._known[point] = found
-            while len(self._known) > self._remembered:
-                self._known.popitem(last=False)
+        if found is None:
+            found = await self._measuring.do(point, partial(self._measure, point, request))
+            self._known.put(point, found)
         return found
 
-    async def _measure(self, point: _Point, request: GenerateRequest) -> tuple[Distribution, str]:
+    async def _measure(self, point: Point, request: GenerateRequest) -> Found:
         most = max(2, self._max_top)
         first = replace(point, allowed=point.allowed[:most])
         reply = await self._ask(first, request, top=len(first.allowed))
@@ -267,13 +245,13 @@ class RemoteEngine:
                 logs.update({token: logs[pivot] + found[token] - found[pivot] for token in part[1:]})
             total = math.log(sum(map(math.exp, logs.values())))
             logs = {token: value - total for token, value in logs.items()}
-        return _distribution(point.allowed, logs), reply.server
+        return distribution_of(point.allowed, logs), reply.server
 
     # -- free text ----------------------------------------------------------------------------------------------
 
     async def _text(self, request: GenerateRequest) -> Generation:
         bias = tuple((token, value) for token, value in (request.bias or {}).items() if value)
-        point = _Point(request.adapter, request.prompt_ids, (), bias, request.temperature)
+        point = Point(request.adapter, request.prompt_ids, (), bias, request.temperature)
         reply = await self._ask(
             point, request, seed=request.seed & _SEED_MASK, temperature=request.temperature,
             max_tokens=request.max_tokens,
@@ -290,7 +268,7 @@ class RemoteEngine:
 
     async def _ask(
         self,
-        point: _Point,
+        point: Point,
         request: GenerateRequest,
         *,
         top: int = 0,
@@ -324,7 +302,7 @@ class RemoteEngine:
             reply = replace(await self.transport.call(server, asked, remaining_s), server=server.name)
             check_reply(reply, asked, server.name)
             if self._chat:
-                _check_template(reply, point.prompt_ids)
+                check_template(reply, point.prompt_ids)
             return reply
 
         def failed(server: ServerSpec, fault: ServerFault, seconds: float) -> None:
@@ -364,7 +342,7 @@ class RemoteEngine:
         records.answered(reply, queued, self._shown(point, reply))
         return reply
 
-    def _prompt(self, point: _Point, request: GenerateRequest) -> dict[str, Any]:
+    def _prompt(self, point: Point, request: GenerateRequest) -> dict[str, Any]:
         """The prompt as this transport sends it."""
         if not self._chat:
             return {"prompt_ids": point.prompt_ids}
@@ -380,28 +358,12 @@ class RemoteEngine:
             messages[-1]["content"] += self._decode(begun)
         return {"messages": tuple(messages)}
 
-    def _shown(self, point: _Point, reply: WireReply) -> str:
+    def _shown(self, point: Point, reply: WireReply) -> str:
         """The answer as a log line shows it; at a branching point, whose token is drawn here, what was likely."""
         if not point.allowed or not reply.top_logprobs or self._decode is None:
             return reply.text
         likely = sorted(reply.top_logprobs[0].items(), key=lambda item: -item[1])[:4]
         return " | ".join(f"{self._decode((token,)).strip()} {math.exp(p):.0%}" for token, p in likely)
-
-
-def _check_template(reply: WireReply, prompt_ids: tuple[int, ...]) -> None:
-    if reply.prompt_ids != prompt_ids:
-        raise TierFailedError(
-            f"{reply.server}: the chat template there made another prompt ({len(reply.prompt_ids or ())} tokens) than "
-            f"the one rendered here ({len(prompt_ids)}); serve the same model and template, or use the http tier, "
-            "which sends ids"
-        )
-
-
-def _distribution(allowed: tuple[int, ...], logs: Mapping[int, float]) -> Distribution:
-    logprobs = tuple(min(0.0, logs[token]) for token in allowed)
-    probs = tuple(map(math.exp, logprobs))
-    entropy = -sum(p * log for p, log in zip(probs, logprobs, strict=True) if p > 0.0)
-    return Distribution(allowed, probs, logprobs, tuple(accumulate(probs)), entropy)
 
 
 def _first(group: BaseExceptionGroup[EngineError]) -> EngineError:

@@ -143,6 +143,16 @@ def check_reply(reply: WireReply, wire: WireRequest, server: str) -> None:
         allowed_logprobs(reply, wire.allowed, server)
 
 
+def check_template(reply: WireReply, prompt_ids: tuple[int, ...]) -> None:
+    """Refuse an answer to a chat whose prompt is not the one rendered here. Raises `TierFailedError`."""
+    if reply.prompt_ids != prompt_ids:
+        raise TierFailedError(
+            f"{reply.server}: the chat template there made another prompt ({len(reply.prompt_ids or ())} tokens) than "
+            f"the one rendered here ({len(prompt_ids)}); serve the same model and template, or use the http tier, "
+            "which sends ids"
+        )
+
+
 def check_captured(reply: WireReply, server: str) -> None:
     """Refuse an answer without ids or log-probabilities. Raises `UnfitServerError`."""
     parts = {

@@ -32,6 +32,7 @@ from coterie.errors import BaseModelError, nearest
 from coterie.lm.catalog import CATALOG, EmbeddedModel, model_directory
 from coterie.lm.directory import check_model_directory
 from coterie.lm.hub import from_hub
+from coterie.lm.needed import need_packages
 from coterie.lm.quiet import quiet_transformers
 
 Report = Callable[[str], None]
@@ -171,8 +172,10 @@ def install(
         convert: how it becomes a model directory; None: `convert_gguf`.
 
     Raises:
-        BaseModelError: download failed, wrong checksum, or the cache cannot be written.
+        BaseModelError: download failed, wrong checksum, torch is missing, or the cache cannot be written.
     """
+    if convert is None:
+        need_packages(f"converting base model {model.name!r}")
     fetch, convert = fetch or fetch_gguf, convert or convert_gguf
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

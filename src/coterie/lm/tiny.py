@@ -48,15 +48,16 @@ _WORDS = (
 )  # fmt: skip
 
 
-def tiny_random(directory: Path, *, seed: int = 0, family: Family = "llama") -> Path:
+def tiny_random(directory: Path, *, seed: int = 0, family: Family = "llama", head_dim: int = 16) -> Path:
     """Write a tiny random model and its tokenizer in Hugging Face format.
 
-    float32, hidden 64, 3 layers, 4 heads of 16, 2 key/value heads, tied embeddings, context 2048; 0.14M parameters.
+    float32, hidden 64, 3 layers, 4 heads, 2 key/value heads, tied embeddings, context 2048; 0.14M parameters.
 
     Args:
         directory: Where to write; made when missing. Files of an earlier call are overwritten.
         seed: Of the weights; the tokenizer is always the same.
         family: Architecture, one of `FAMILIES`.
+        head_dim: Of an attention head; vLLM's CPU build takes multiples of 32 only.
 
     Returns:
         `directory`.
@@ -95,8 +96,8 @@ def tiny_random(directory: Path, *, seed: int = 0, family: Family = "llama") -> 
         "pad_token_id": fast.pad_token_id,
         "dtype": "float32",
     }
-    if family in ("qwen3", "gemma"):
-        options["head_dim"] = 16
+    if family in ("qwen3", "gemma") or head_dim != 16:
+        options["head_dim"] = head_dim
     if family == "mistral":
         options["sliding_window"] = None
     config = getattr(transformers, FAMILIES[family])(**options)

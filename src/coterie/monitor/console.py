@@ -8,14 +8,17 @@ configs: they are shown as text, never as markup, and never with control charact
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 from typing import Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +30,10 @@ from coterie.types import ModelId
 
 HISTORY = 20
 """Updates a trend looks back."""
+FRAME = "!" * 100
+"""Above and below a warning in plain text."""
+
+logger = logging.getLogger("coterie.run")
 
 
 class Observer(Protocol):
@@ -48,6 +55,10 @@ class Observer(Protocol):
         """A line the user should see: a warning, a saved checkpoint."""
         ...
 
+    def warning(self, text: str) -> None:
+        """What must not be missed: the run does not do what a run is for."""
+        ...
+
     def table(self, table: ResultTable) -> None:
         """A final table."""
         ...
@@ -58,7 +69,7 @@ class Observer(Protocol):
 
 
 class Silent:
-    """Shows nothing; for use as a library."""
+    """Shows nothing but warnings, which go to the log; for use as a library."""
 
     def stage(self, text: str) -> None: ...
 
@@ -67,6 +78,9 @@ class Silent:
     def update(self, record: UpdateRecord) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def warning(self, text: str) -> None:
+        logger.warning("%s", text)  # seen by who sets up no logging, too
 
     def table(self, table: ResultTable) -> None: ...
 
@@ -119,7 +133,7 @@ class PlainConsole:
         times = f"{duration(now - self._started)} elapsed, {duration(left)} left"
         figures = outcomes(record)
         models += f" | {figures}" if figures else ""
-        self._line(f"update {record.update}/{record.updates}  {times}  {models}")
+        self._line(f"update {record.update}/{record.updates}  {times}  {made_up(record)}{models}")
 
     def _catch_up(self) -> None:
         """Tell of the last update before something else begins, however soon after another it came."""
@@ -128,6 +142,10 @@ class PlainConsole:
 
     def note(self, text: str) -> None:
         self._line(clean(text))
+
+    def warning(self, text: str) -> None:
+        self._catch_up()
+        self._line("\n".join([FRAME, *wrap(clean(text), len(FRAME)), FRAME]))
 
     def table(self, table: ResultTable) -> None:
         self._catch_up()
@@ -184,6 +202,9 @@ class LiveConsole:
     def note(self, text: str) -> None:
         self._console.print(Text(clean(text)))
 
+    def warning(self, text: str) -> None:
+        self._console.print(Panel(Text(clean(text)), title="warning", style="bold red"))
+
     def table(self, table: ResultTable) -> None:
         self._console.print(table.rich())
 
@@ -196,6 +217,8 @@ class LiveConsole:
         """What is on the screen now."""
         parts: list[RenderableType] = []
         if self._record is not None:
+            if warned := made_up(self._record):
+                parts.append(Text(warned, style="bold red"))
             parts.append(self._models(self._record))
             figures = outcomes(self._record)
             if figures:
@@ -288,6 +311,12 @@ def outcomes(record: UpdateRecord) -> str:
                 f"{clean(name.removeprefix(kind), lines=False)} {show(value)}" for name, value in found[:4]
             )
     return ""
+
+
+def made_up(record: UpdateRecord) -> str:
+    """ "SIMULATED 100%  " where answers of this update were; otherwise nothing."""
+    share = record.metrics.get("episodes/simulated_share", 0.0)
+    return f"SIMULATED {share:.0%}  " if share else ""
 
 
 def remaining(record: UpdateRecord, seconds: Sequence[float] | deque[float]) -> float:

@@ -17,7 +17,18 @@ from typing import Any
 
 from coterie.models import LoRAModel, ModelPerformance
 from coterie.scenarios.teamwork import response_quality
-from coterie.types import ADVICE, DECISION, Episode, FailedEpisode, ModelId, ModelRole, SeatId, TaskType, Trajectory
+from coterie.types import (
+    ADVICE,
+    DECISION,
+    Episode,
+    FailedEpisode,
+    ModelId,
+    ModelRole,
+    SeatId,
+    TaskType,
+    Tier,
+    Trajectory,
+)
 
 METRICS: dict[str, str] = {
     "play/<model>/reward": "Mean share of the reward pool; what training raises. In a competition not all can rise.",
@@ -35,6 +46,7 @@ METRICS: dict[str, str] = {
     "outcome/<name>": "The scenario's own figure, mean over the episodes that report it.",
     "episodes/played": "Episodes that finished and were trained on.",
     "episodes/failed_share": "Share of episodes that raised; above zero read the failures in the database.",
+    "episodes/simulated_share": "Share of turns that were made up because nothing could generate; absent where none.",
     "strategy/communication": "Others' accuracy with advice minus without, over all speakers; what talking is worth.",
     "strategy/central": "The same where a leader advises (central leadership).",
     "strategy/delegated": "The same where there is no leader and all advise (delegated leadership).",
@@ -137,6 +149,8 @@ def measure(
     metrics = {"episodes/played": float(len(episodes))}
     attempts = len(episodes) + len(failed)
     metrics["episodes/failed_share"] = len(failed) / attempts if attempts else 0.0
+    if simulated := simulated_share(episodes):
+        metrics["episodes/simulated_share"] = simulated
     for name in sorted(outcomes):
         metrics[f"outcome/{name}"] = outcomes[name][0] / outcomes[name][1]
     for name, sides in (
@@ -152,6 +166,12 @@ def measure(
             cooperation = _stratified(side for key, side in worth.items() if key[0] == model_id)
             performances.append(_report(update, model_id, tally, cooperation, metrics))
     return metrics, tuple(performances)
+
+
+def simulated_share(episodes: Iterable[Episode]) -> float:
+    """Of all turns, the share that nothing generated."""
+    tiers = [turn.tier for e in episodes for trajectory in e.trajectories.values() for turn in trajectory.turns]
+    return tiers.count(Tier.SIMULATED) / len(tiers) if tiers else 0.0
 
 
 def _count(episode: Episode, tallies: Mapping[ModelId, _Tally]) -> None:

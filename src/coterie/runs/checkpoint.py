@@ -21,6 +21,8 @@ from torch import Tensor
 from coterie.errors import RunFolderError
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import write_atomically
+from coterie.runs.state import Parts
+from coterie.training.policies import TrainedPolicies
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,23 @@ class Checkpoint:
     """Of the learner."""
     state: Mapping[str, Any]
     """JSON values: "models", "lora_targets", "lora_layers", "mode", "credit", "calibration", "base_fingerprint"."""
+
+
+class RunSaver:
+    """Saves a run that trains."""
+
+    def __init__(self, run: RunDirectory, parts: Parts, policies: TrainedPolicies) -> None:
+        self.run, self.parts, self.policies = run, parts, policies
+
+    def save(self, update: int) -> Path:
+        """Write every model's adapter and a checkpoint after `update`; returns the checkpoint's folder."""
+        for model in self.parts.models.values():
+            directory = self.run.adapter_dir(model.adapter)
+            if not directory.exists():
+                self.policies.save(model.adapter, directory)
+            model.adapter_dir = directory
+        state = {"base_fingerprint": self.policies.base.fingerprint, **self.parts.state()}
+        return save_checkpoint(self.run, Checkpoint(update, self.policies.learner.state(), state))
 
 
 def save_checkpoint(run: RunDirectory, checkpoint: Checkpoint) -> Path:

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from coterie.config import BaseConfig, EngineConfig
 from coterie.errors import ConfigError
+from coterie.lm.needed import need_packages
 from coterie.serve.app import SERVICE, build_app
 from coterie.serve.engine import TokenEngine
 from coterie.serve.errors import ApiError
@@ -30,6 +31,7 @@ _TICK_S = 0.05
 
 def load_engine(base: BaseConfig, engine: EngineConfig) -> tuple[TokenEngine, Path]:
     """The in-process engine of a base model, and where its weights are. Raises `BaseModelError`."""
+    need_packages("serving a model from this process (without --backend vllm)")
     from coterie.inference.local.engine import LocalEngine
     from coterie.lm.base import load_base
     from coterie.serve.local import LocalTokenEngine

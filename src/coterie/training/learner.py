@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +20,10 @@ from coterie.lm.base import BaseModel
 from coterie.lm.forest import Forest, pack, split
 from coterie.models import ModelConfig
 from coterie.training.anchors import Anchor, Anchors
+from coterie.training.base import LearnerStats, StepStats
 from coterie.training.batch import Batch, HeadKey, Term
 from coterie.training.loss import columns, divergence, entropy, surrogate
 from coterie.types import ModelId
-
-
-@dataclass(slots=True)
-class StepStats:
-    """What one update did to one policy. Means are over sampled tokens."""
-
-    loss: float = 0.0
-    entropy: float = 0.0
-    """nats"""
-    kl: float = 0.0
-    """From the base, nats; 0 when kl_coefficient is 0."""
-    magnet_kl: float = 0.0
-    """From its magnet, nats; 0 when it has none."""
-    mismatch: float = 0.0
-    """Mean absolute difference of learner and engine log-probabilities before the step, nats."""
-    max_ratio: float = 1.0
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    tokens: int = 0
-    """Sampled tokens that had an alternative."""
-    stepped: bool = False
-
-
-@dataclass(slots=True)
-class LearnerStats:
-    """What one update did."""
-
-    policies: dict[ModelId, StepStats] = field(default_factory=dict)
-    packed_tokens: int = 0
-    """Distinct tokens that went through the base, all passes together."""
-    naive_tokens: int = 0
-    """Tokens one sequence at a time would have needed."""
 
 
 class Learner:

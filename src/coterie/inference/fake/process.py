@@ -77,7 +77,8 @@ class FakeProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is not None:
-            self._process.terminate()
+            if self._process.returncode is None:  # a test may have killed it
+                self._process.terminate()
             await self._process.wait()
             self._process = None
 
@@ -90,8 +91,8 @@ class FakeProcess:
         return await self._ask("GET", "/fake/counts", None)
 
     def kill(self) -> None:
-        """SIGKILL."""
-        if self._process is not None:
+        """SIGKILL; nothing where it has ended already."""
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
     async def revive(self) -> None:

@@ -1,0 +1,113 @@
+"""The models of a run as weights: one frozen base, an adapter for each model, an engine and a learner over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from coterie.config import RunConfig
+from coterie.credit.base import Magnet
+from coterie.errors import AdapterError
+from coterie.inference.canary import Probe
+from coterie.inference.deployment import Weights
+from coterie.inference.local.engine import LocalEngine
+from coterie.lm.adapters import restore_adapter, save_adapter
+from coterie.lm.base import load_base
+from coterie.lm.chat import TokenizerChat
+from coterie.lm.forest import pack
+from coterie.models import LoRAModel
+from coterie.training.learner import Learner
+from coterie.types import AdapterVersion, ModelId, Observation
+
+PROBE_TOKENS = 24
+"""Of the canary that tells whether a server applies an adapter as the learner does."""
+
+
+class TrainedPolicies:
+    """See `Policies`."""
+
+    untrained = ""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        models: Iterable[LoRAModel],
+        seed_of: Callable[[ModelId], int],
+        magnet: Magnet | None = None,
+    ) -> None:
+        """
+        Args:
+            seed_of: of a new model's adapter.
+            magnet: of credit schemes that hold every policy near one.
+
+        Raises:
+            BaseModelError: the base cannot be found or used.
+            AdapterError: the saved adapter of a model that goes on does not fit it or the base.
+        """
+        models = list(models)
+        self.base = load_base(config.base)
+        self._seed_of = seed_of
+        for model in models:
+            self._give_adapter(model)
+        self.local = LocalEngine(
+            self.base,
+            cache_tokens=config.engine.cache_tokens,
+            tokens_per_pass=config.engine.tokens_per_pass,
+            kept_versions=config.inference.staleness,
+        )
+        self.learner = Learner(self.base, [model.config for model in models], config.learner, config.updates, magnet)
+        self.weights = Weights(save=self.save, probe=self.probe)
+
+    @property
+    def chat(self) -> TokenizerChat:
+        """See `Policies.chat`."""
+        return self.base.chat
+
+    def add(self, model: LoRAModel) -> None:
+        """See `Policies.add`."""
+        self._give_adapter(model)
+        self.learner.add(model.config)
+
+    def remove(self, model_id: ModelId) -> None:
+        """See `Policies.remove`."""
+        self.learner.remove(model_id)
+        self.base.bank.remove(model_id)
+
+    def save(self, version: AdapterVersion, directory: Path) -> None:
+        """Write a model's adapter as it is now, in PEFT's format."""
+        save_adapter(self.base.bank.training(version.model_id), directory, self.base, version)
+
+    def probe(self, version: AdapterVersion) -> Probe:
+        """Some tokens, and the log-probability of each after the first under the adapter in training, temperature 1."""
+        base = self.base
+        asked = base.chat.render(Observation(user="Say which of these is a colour: stone, blue, seven."))
+        tokens = asked[:PROBE_TOKENS]
+        forest = pack([(0, tokens)])
+        with torch.no_grad():
+            hidden = base.hidden(
+                torch.from_numpy(forest.token_ids).to(base.device),
+                torch.from_numpy(forest.positions).to(base.device),
+                forest.plan(),
+                [(base.bank.training(version.model_id), 0, len(tokens))],
+            )
+            logprobs = base.logits(hidden[:-1]).log_softmax(-1)
+        after = torch.tensor(tokens[1:], device=logprobs.device)
+        return tokens, tuple(logprobs.gather(1, after[:, None])[:, 0].tolist())
+
+    def _give_adapter(self, model: LoRAModel) -> None:
+        """An adapter in training: the one saved where the model stands, or, for a new model, one equal to the base.
+
+        Raises:
+            AdapterError: the saved one does not fit; the bank is then as it was.
+        """
+        c, base = model.config, self.base
+        adapter = base.bank.add(c.model_id, c.lora_rank, c.lora_alpha, self._seed_of(c.model_id))
+        if model.version and model.adapter_dir is not None:
+            try:
+                restore_adapter(adapter, model.adapter_dir, base, model.adapter)
+            except AdapterError:
+                base.bank.remove(c.model_id)
+                raise
+        base.bank.publish(model.adapter)
