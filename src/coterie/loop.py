@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from coterie.collector import rare_collections
 from coterie.config import RunConfig
 from coterie.credit.base import Credit
 from coterie.errors import ConfigError, CoterieError, ScenarioError, nearest
@@ -105,10 +106,11 @@ class TrainingLoop:
         Raises what playing raises, after saving the updates done so far.
         """
         self._until = until
-        try:
-            return await self._run(until)
-        finally:
-            await self._give_up()
+        with rare_collections():
+            try:
+                return await self._run(until)
+            finally:
+                await self._give_up()
 
     async def _run(self, until: int) -> bool:
         if self.update and self._reached(await self._exact()):

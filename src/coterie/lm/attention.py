@@ -1,4 +1,4 @@
-"""Attention over prefix trees, plugged into transformers' `AttentionInterface`.
+"""Attention over prefix trees.
 
 A forward pass here never has a batch dimension: all new tokens of all sequences of all policies lie in one row of
 T packed tokens, and a *plan* says which keys each of them may see. There are two plans. `TreePlan` (learner) keeps
@@ -18,10 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import AttentionInterface
-
-ATTENTION_NAME = "coterie_tree"
 
 
 class Plan(Protocol):
@@ -30,26 +26,6 @@ class Plan(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q (T, heads, dim), k and v (T, kv_heads, dim) of the packed tokens -> (T, heads, dim)."""
         ...
-
-
-def _forward(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The function transformers calls: query (1, heads, T, dim), key and value (1, kv_heads, T, dim)."""
-    plan: Plan = kwargs["plan"]
-    out = plan.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        kwargs["scaling"],
-    )
-    return out.unsqueeze(0), None
-
-
-def register() -> None:
-    """Make `coterie_tree` known to transformers; safe to call again."""
-    AttentionInterface.register(ATTENTION_NAME, _forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +52,94 @@ class TreePlan:
         return cls(tuple(blocks), {})
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        heads, kv_heads = q.shape[1], k.shape[1]
-        group = heads // kv_heads
-        outputs = []
-        for number, block in enumerate(self.blocks):
-            slices = [*block.ancestors, (block.start, block.end)]
-            keys = torch.cat([k[a:b] for a, b in slices]) if block.ancestors else k[block.start : block.end]
-            values = torch.cat([v[a:b] for a, b in slices]) if block.ancestors else v[block.start : block.end]
+        out: Tensor = _TreeAttention.apply(self, q, k, v, scale)  # type: ignore[no-untyped-call]
+        return out
+
+    def mask(self, number: int, like: Tensor) -> Tensor:
+        """Of block `number`: (1, n, keys), 0 where visible and -inf where not."""
+        found = self.masks.get((number, like.dtype))
+        if found is None:
+            visible = self.blocks[number].visible
+            additive = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+            additive.masked_fill_(~visible.to(like.device), float("-inf"))
+            found = self.masks[number, like.dtype] = additive[None]
+        return found
+
+
+def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """(n, heads, dim) -> (kv_heads, group * n, dim)"""
+    n, heads, dim = x.shape
+    return x.reshape(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+
+
+def _by_token(x: Tensor, n: int) -> Tensor:
+    """(kv_heads, group * n, dim) -> (n, heads, dim)"""
+    kv_heads, _, dim = x.shape
+    return x.view(kv_heads, -1, n, dim).permute(2, 0, 1, 3).reshape(n, -1, dim)
+
+
+def _seen(block: Block, x: Tensor) -> Tensor:
+    """Keys or values (T, kv_heads, dim) that a block sees: (kv_heads, keys, dim)."""
+    own = x[block.start : block.end]
+    return (torch.cat([*(x[a:b] for a, b in block.ancestors), own]) if block.ancestors else own).transpose(0, 1)
+
+
+class _TreeAttention(torch.autograd.Function):
+    """softmax(q k^T scale + mask) v of every block; probabilities are computed again on the way back.
+
+    With P the probabilities, O = P v:  dv = P^T dO,  dS = P (dO v^T - rowsum(dO O)),  dq = dS k,  dk = dS^T q
+    (Dao et al., 2022). Gradients of keys are added up slice by slice: nothing the size of the pass is made per block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: TreePlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for number, block in enumerate(plan.blocks):
+            queries = _by_key_head(q[block.start : block.end], k.shape[1])
+            weights = _weights(plan, number, queries, _seen(block, k), scale)
+            out[block.start : block.end] = _by_token(torch.bmm(weights, _seen(block, v)), block.end - block.start)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
+        (grad,) = grads
+        q, k, v, out = ctx.saved_tensors
+        plan, scale, kv_heads = ctx.plan, ctx.scale, k.shape[1]
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format)
+        grad_v = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        for number, block in enumerate(plan.blocks):
             n = block.end - block.start
-            # (n, kv, group, dim) -> (1, kv, group * n, dim): queries of one key head side by side
-            queries = q[block.start : block.end].view(n, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
-            mask = self.masks.get((number, q.dtype))
-            if mask is None:
-                additive = torch.zeros(block.visible.shape, dtype=q.dtype, device=q.device)
-                additive.masked_fill_(~block.visible, float("-inf"))
-                mask = additive.repeat(group, 1)[None, None]
-                self.masks[number, q.dtype] = mask
-            out = functional.scaled_dot_product_attention(
-                queries[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask, scale=scale
-            )
-            outputs.append(out.view(kv_heads, group, n, -1).permute(2, 0, 1, 3).flatten(1, 2))
-        return torch.cat(outputs)
+            queries = _by_key_head(q[block.start : block.end], kv_heads)
+            asked = _by_key_head(grad[block.start : block.end], kv_heads)
+            keys = _seen(block, k)
+            weights = _weights(plan, number, queries, keys, scale)
+            along = torch.linalg.vecdot(asked, _by_key_head(out[block.start : block.end], kv_heads)).unsqueeze(-1)
+            spread = torch.bmm(asked, _seen(block, v).transpose(1, 2)).sub_(along).mul_(weights).mul_(scale)
+            grad_q[block.start : block.end] = _by_token(torch.bmm(spread, keys), n)
+            _add_slices(grad_k, block, torch.bmm(spread.transpose(1, 2), queries))
+            _add_slices(grad_v, block, torch.bmm(weights.transpose(1, 2), asked))
+        return None, grad_q, grad_k, grad_v, None
+
+
+def _weights(plan: TreePlan, number: int, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Probabilities (kv_heads, group * n, keys) of one block."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    kv_heads, _, seen = scores.shape
+    n = len(plan.blocks[number].visible)
+    # one mask for all query heads
+    torch.add(plan.mask(number, scores), scores.view(-1, n, seen), alpha=scale, out=scores.view(-1, n, seen))
+    return scores.softmax(-1, dtype=torch.float32).to(queries.dtype).view(kv_heads, -1, seen)
+
+
+def _add_slices(total: Tensor, block: Block, part: Tensor) -> None:
+    """Add (kv_heads, keys, dim) of the keys a block sees to (T, kv_heads, dim)."""
+    by_token, at = part.transpose(0, 1), 0
+    for start, end in (*block.ancestors, (block.start, block.end)):
+        total[start:end] += by_token[at : at + end - start]
+        at += end - start
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from coterie.errors import AdapterError
 from coterie.lm.adapter import Adapter, AdapterPool, Segment
+from coterie.lm.products import frozen_linear
 from coterie.types import AdapterVersion, ModelId
 
 BATCHED_SEGMENTS = 6
@@ -104,11 +105,11 @@ class BankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self.route.segments
-        if not segments:
-            return nn.functional.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
         if not torch.is_grad_enabled():
             return self._inference(flat).view(*x.shape[:-1], -1)
+        if not segments:
+            return nn.functional.linear(x, self.weight, self.bias)
         leaves = [leaf for adapter, _, _ in segments for leaf in (adapter.a[self.name], adapter.b[self.name])]
         out: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
             flat, self.weight, self.bias, segments, *leaves
@@ -117,7 +118,7 @@ class BankLinear(nn.Module):
 
     def _inference(self, x: Tensor) -> Tensor:
         """The same sum for (T, in) tokens, without autograd's bookkeeping and with short segments batched."""
-        out = nn.functional.linear(x, self.weight, self.bias)
+        out = frozen_linear(x, self.weight, self.bias)
         for adapter, start, end in self.route.single:
             a, b_t = adapter.factors(x.dtype)[self.name]
             out[start:end].addmm_(nn.functional.linear(x[start:end], a), b_t, alpha=adapter.scaling)

@@ -7,24 +7,23 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coterie.config import BaseConfig
 from coterie.errors import BaseModelError
-from coterie.lm import attention
 from coterie.lm.adapter import Segment
 from coterie.lm.attention import Plan
 from coterie.lm.bank import AdapterBank
 from coterie.lm.chat import TokenizerChat
+from coterie.lm.decoder import Decoder
 from coterie.lm.embedded import resolve_base
+from coterie.lm.products import OutputMatrix
 from coterie.lm.quiet import quiet_transformers
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GemmaForCausalLM")
@@ -49,14 +48,16 @@ class BaseModel:
         self.vocabulary: int = model.config.vocab_size
         self.fingerprint = _fingerprint(model)
         self.bank = AdapterBank(model, config.lora_targets, config.lora_layers)
+        self._decoder = Decoder(model)
         self.head: Tensor = model.get_output_embeddings().weight
+        self._output = OutputMatrix(self.head)
         self.device: torch.device = self.head.device
         self.dtype: torch.dtype = self.head.dtype
 
     def hidden(self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,)."""
         with self.bank.routing(segments):
-            return self._decode(token_ids, positions, plan)
+            return self._decoder(token_ids, positions, plan)
 
     @contextmanager
     def trained(
@@ -67,32 +68,14 @@ class BaseModel:
         With `checkpoint` each layer keeps only its input and is computed again on the way back, which needs the same
         routing once more.
         """
-        with self.bank.routing(segments), _checkpointed(self.model) if checkpoint else nullcontext():
-            yield self._decode(token_ids, positions, plan)
-
-    def _decode(self, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        out = self.model.get_decoder()(
-            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, plan=plan
-        )
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        with self.bank.routing(segments):
+            yield self._decoder(token_ids, positions, plan, checkpoint=checkpoint)
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all."""
-        head = self.head if rows is None else self.head.index_select(0, rows)
-        return torch.nn.functional.linear(hidden, head).float()
-
-
-@contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
-    """Within: every decoder layer keeps its input only, and runs again on the way back."""
-    layers = model.get_decoder().layers
-    for layer in layers:
-        layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+        if rows is None:
+            return self._output(hidden)
+        return torch.nn.functional.linear(hidden, self.head.index_select(0, rows)).float()
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -130,7 +113,6 @@ def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
         dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     else:
         dtype = getattr(torch, config.dtype)
-    attention.register()
     try:
         architecture = (AutoConfig.from_pretrained(path).architectures or ["unknown"])[0]
         if architecture not in SUPPORTED:
@@ -139,9 +121,7 @@ def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
                 f"supported classes: {', '.join(SUPPORTED)}"
             )
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention.ATTENTION_NAME
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base model {config.model!r} at {path} cannot be loaded: {error}") from error

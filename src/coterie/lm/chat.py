@@ -21,12 +21,17 @@ class TokenizerChat:
                 "the base model's tokenizer has no chat template; use an instruct model, or add chat_template.jinja"
             )
         self.tokenizer = tokenizer
+        # asked directly: transformers hands a single text to a pool of threads, which costs more than the work
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>"))}
         unknown = tokenizer.unk_token_id
         self.stop_ids = tuple(sorted(i for i in ends if i is not None and i != unknown))
         self._special = tuple(sorted(tokenizer.all_special_tokens, key=len, reverse=True))
         self.render = lru_cache(maxsize=cache_size)(self._render)
         self._encode = lru_cache(maxsize=cache_size)(self._encode_text)
+        self._encode_choices = lru_cache(maxsize=cache_size)(self._encode_texts)
 
     def _render(self, observation: Observation) -> tuple[int, ...]:
         messages = [{"role": "system", "content": self._plain(observation.system)}] if observation.system else []
@@ -42,14 +47,17 @@ class TokenizerChat:
         return text
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_choices(self, observation: Observation, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Ids of each choice, as it is written after the prefix: with a space between, unless the prefix ends in white
         space or in a full-width character ("答案："), which Chinese and Japanese continue directly."""
         last = observation.prefix[-1:]
         space = " " if last and not last.isspace() and east_asian_width(last) not in ("W", "F") else ""
-        return tuple(self._encode(space + choice) for choice in choices)
+        return self._encode_choices(space, tuple(choices))
+
+    def _encode_texts(self, before: str, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        return tuple(self._encode(before + text) for text in texts)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()

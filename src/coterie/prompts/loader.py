@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,5 +29,21 @@ def macros(language: str, name: str) -> Any:
 
 
 def text(language: str, name: str, macro: str, **values: Any) -> str:
-    """One macro's text, white space at both ends removed."""
-    return str(getattr(macros(language, name), macro)(**values)).strip()
+    """One macro's text of plain values (strings, numbers, lists and tuples of them), white space at both ends removed.
+
+    Siblings of a group ask for the same texts, so a text is rendered once.
+    """
+    return _rendered(language, name, macro, _Values(repr(values), values))
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """What a macro is called with; equal when it is written the same, so that 1, 1.0 and True differ."""
+
+    written: str
+    by_name: Mapping[str, Any] = field(compare=False)
+
+
+@lru_cache(maxsize=65536)
+def _rendered(language: str, name: str, macro: str, values: _Values) -> str:
+    return str(getattr(macros(language, name), macro)(**values.by_name)).strip()

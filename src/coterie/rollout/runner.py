@@ -69,11 +69,12 @@ class Runner:
         """
         plans = []
         for number, task in enumerate(tasks):
+            turn = update * len(tasks) + number
+            shifts = len(models) if rotate else 1
+            seatings = [self.seating(task, models, turn + shift, rotate) for shift in range(min(shifts, group_size))]
             for k in range(group_size):
-                turn = update * len(tasks) + number
-                holders = self.seating(task, models, turn + (k % len(models) if rotate else 0), rotate)
-                group = f"{update}.{number}" + (f".{k % len(models)}" if rotate else "")
-                plans.append(Plan(task, holders, f"{update}.{number}.{k}", group, update, withhold))
+                group = f"{update}.{number}" + (f".{k % shifts}" if rotate else "")
+                plans.append(Plan(task, seatings[k % shifts], f"{update}.{number}.{k}", group, update, withhold))
         return await self.play(plans)
 
     async def play(self, plans: Sequence[Plan]) -> tuple[list[Episode], list[FailedEpisode]]:

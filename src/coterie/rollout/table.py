@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from coterie.errors import RequestError, ScenarioError
 from coterie.inference.base import ChatFormat, Engine
@@ -253,6 +254,7 @@ class EpisodeSeat:
         )  # fmt: skip
 
 
+@lru_cache(maxsize=65536)
 def _messages(observation: Observation) -> tuple[tuple[str, str], ...]:
     told = (("system", observation.system), ("user", observation.user), ("assistant", observation.prefix))
     return tuple((role, text) for role, text in told if text or role == "user")

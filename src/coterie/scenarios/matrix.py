@@ -121,6 +121,7 @@ class Matrix:
         self.options = options
         self.game = _bimatrix(options)
         self.scripts: Mapping[str, Script] = self._scripts()
+        self._observations: dict[tuple[SeatId, History, str], Observation] = {}
 
     def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
         """The one task: endlessly for TRAIN, once for HELDOUT."""
@@ -198,6 +199,13 @@ class Matrix:
 
     def shown(self, seat: SeatId, history: History, language: str) -> Observation:
         """What `seat` sees after the remembered rounds `history`; its own words and points always come first."""
+        key = (seat, history, language)
+        found = self._observations.get(key)
+        if found is None:  # there are few, and thousands of episodes ask for them
+            found = self._observations[key] = self._shown(seat, history, language)
+        return found
+
+    def _shown(self, seat: SeatId, history: History, language: str) -> Observation:
         text = _PROMPTS[language]
         words = self._words(language)
         player, flip = (0, 1) if seat == ROW else (1, -1)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from coterie.lm.functions import rms_norm, rotate
+from coterie.lm.products import LEAST_ROWS, MOST_ROWS, OutputMatrix, frozen_linear
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, LEAST_ROWS, 40, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_give_what_a_linear_layer_gives(threads: int, rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    layer = torch.nn.Linear(24, 40, bias=bias)
+    x = torch.randn(rows, 24)
+    with torch.no_grad():
+        found = frozen_linear(x, layer.weight, layer.bias)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.parametrize("rows", [1, 7, MOST_ROWS, MOST_ROWS + 1])
+def test_the_output_matrix_gives_plain_logits(rows: int) -> None:
+    torch.manual_seed(rows)
+    weight = torch.randn(300, 24, requires_grad=True)
+    hidden = torch.randn(rows, 24, requires_grad=True)
+    output = OutputMatrix(weight)
+    with torch.no_grad():
+        torch.testing.assert_close(output(hidden), hidden @ weight.t())
+    output(hidden).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_norm_and_its_derivative(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8, dtype=torch.float32, requires_grad=True)
+    weight = torch.rand(8) + 0.5
+    grad = torch.randn(3, 2, 8)
+    wide = x.detach().to(dtype).requires_grad_()
+    plain = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.to(dtype)
+    plain.backward(grad.to(dtype))  # type: ignore[no-untyped-call]
+    found = rms_norm(x, weight, 1e-5)
+    found.backward(grad)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found.to(dtype), plain)
+    assert wide.grad is not None
+    torch.testing.assert_close(x.grad, wide.grad.float())
+
+
+def test_rotation_and_its_derivative() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 8, dtype=torch.float64, requires_grad=True)
+    angle = torch.randn(5, 1, 4, dtype=torch.float64)
+    first, second = x[..., :4], x[..., 4:]
+    plain = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), plain)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, angle.cos(), angle.sin()), [x])
