@@ -4,7 +4,7 @@ Asked each time: is every call answered, by whom it should be; is a refused one 
 so that answers given and answers received are equally many; and is a server that was mended used again.
 
 Servers and sockets are real; the clock is not (`tests.support.virtual.HastyLoop`): deadlines and pauses pass when
-nothing else is left to happen. Two rows are gone through on a real clock too. CAMEL itself has its rows in
+nothing else is left to happen. One row is gone through on a real clock too. CAMEL itself has its rows in
 `tests/external/test_camel_faults.py`.
 """
 
