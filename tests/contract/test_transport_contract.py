@@ -20,6 +20,7 @@ from coterie.inference.fake import ByteTokenizer, FakeServer, distribution, writ
 from coterie.inference.http import HttpTransport
 from coterie.inference.wire import FaultKind, ServerFault, Transport, WireReply, WireRequest, server_spec
 from coterie.types import Tier
+from tests.support.loops import run
 
 TOKENS = ByteTokenizer()
 MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which colour?"})
@@ -50,14 +51,6 @@ TRANSPORTS = [
 def subject(request: pytest.FixtureRequest) -> Subject:
     found: Subject = request.param
     return found
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        async with asyncio.timeout(60):
-            return await work
-
-    return asyncio.run(bounded())
 
 
 def against(

@@ -29,7 +29,9 @@ def demo(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 def rows(text: str) -> dict[str, list[str]]:
     """Speaker -> the cells of its row in the last table."""
     table = text[text.rindex("speaker ") :].splitlines()
-    return {line.split()[0]: line.split()[1:] for line in table if line.startswith(("planner", "critic"))}
+    found = {line.split()[0]: line.split()[1:] for line in table if line.startswith(("planner", "critic"))}
+    assert found.keys() == {"planner", "critic"}
+    return found
 
 
 def test_without_a_server_the_engine_inside_speaks(tiny_path: Path, tmp_path: Path) -> None:

@@ -2,25 +2,32 @@
 
 Asked each time: is every call answered, by whom it should be; is a refused one refused once; is nothing done twice,
 so that answers given and answers received are equally many; and is a server that was mended used again.
+
+Servers and sockets are real; the clock is not (`tests.support.virtual.HastyLoop`): deadlines and pauses pass when
+nothing else is left to happen. One row is gone through on a real clock too. CAMEL itself has its rows in
+`tests/external/test_camel_faults.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coterie.errors import EngineError
+from coterie.inference import client as client_module
 from coterie.inference import speakers
 from coterie.inference.client import VLLMClient
-from coterie.inference.fake import FakeServer, write_adapter
+from coterie.inference.fake import FakeServer as AnyFakeServer
+from coterie.inference.fake import write_adapter
 from coterie.inference.fleet import Fleet
 from coterie.inference.http import HttpControl, HttpTransport
+from coterie.inference.ladder import Ladder
 from coterie.inference.pool import ServerPool
 from coterie.inference.publisher import Publisher
 from coterie.inference.remote import RemoteEngine
@@ -29,11 +36,16 @@ from coterie.inference.tiers import TieredEngine
 from coterie.inference.wire import FaultKind, ServerFault
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 from tests.support.engines import LogitEngine
+from tests.support.loops import Runs, run
 from tests.support.servers import Records
+from tests.support.virtual import now, run_hasty
 
 CALLS = 12
 TOKENS = 24
 PROMPT = tuple(range(20, 60))
+
+# a clock that jumps would close idle connections at the very moment they are used again
+FakeServer = partial(AnyFakeServer, keep_alive_s=3600.0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Fault:
     """One row of the table, as a server shows it."""
 
     name: str
-    begin: Callable[[FakeServer], object]
+    begin: Callable[[AnyFakeServer], object]
     kinds: tuple[str, ...]
     """How the attempts it spoils are recorded."""
     midway: bool = False
@@ -53,7 +65,7 @@ class Fault:
         return self.name
 
 
-def status(code: int, **fields: Any) -> Callable[[FakeServer], object]:
+def status(code: int, **fields: Any) -> Callable[[AnyFakeServer], object]:
     return lambda server: server.fail(code, None, **fields)
 
 
@@ -83,22 +95,26 @@ class ChatOverHttp(HttpTransport):
     tier = Tier.CAMEL
 
 
-@pytest.fixture(params=["http", "camel", "camel-ai"])
+@pytest.fixture(autouse=True)
+def clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients look at the clock of their event loop."""
+    monkeypatch.setattr(client_module, "ServerPool", partial(ServerPool, clock=now))
+    monkeypatch.setattr(client_module, "Ladder", partial(Ladder, clock=now))
+
+
+@pytest.fixture(params=["http", "camel"])
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A remote tier of clients."""
-    if request.param == "camel-ai" and find_spec("camel") is None:
-        pytest.skip("camel-ai is not installed")
     if request.param == "camel":
         monkeypatch.setattr(speakers, "find_spec", lambda name: True)
-        monkeypatch.setattr("coterie.inference.client._camel", lambda models, api_key: (ChatOverHttp(), None))
-    return str(request.param).removesuffix("-ai")
+        monkeypatch.setattr(client_module, "_camel", lambda models, api_key: (ChatOverHttp(), None))
+    return str(request.param)
 
 
-def go(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, 40)
-
-    return asyncio.run(bounded())
+@pytest.fixture
+def go() -> Runs:
+    """Plays a scene to its end."""
+    return partial(run, loop=run_hasty)
 
 
 async def said(client: VLLMClient, streaming: bool, number: int) -> str:
@@ -120,7 +136,7 @@ both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "s
 
 @every_fault
 @both_ways
-def test_another_server_answers(tier: str, fault: Fault, streaming: bool) -> None:
+def test_another_server_answers(go: Runs, tier: str, fault: Fault, streaming: bool) -> None:
     records = Records()
 
     async def scene() -> None:
@@ -148,7 +164,9 @@ def test_another_server_answers(tier: str, fault: Fault, streaming: bool) -> Non
 
 @every_fault
 @both_ways
-def test_the_next_tier_answers_when_no_server_can(tier: str, fault: Fault, streaming: bool, tiny_path: Path) -> None:
+def test_the_next_tier_answers_when_no_server_can(
+    go: Runs, tier: str, fault: Fault, streaming: bool, tiny_path: Path
+) -> None:
     records = Records()
 
     async def scene() -> None:
@@ -172,7 +190,9 @@ def test_the_next_tier_answers_when_no_server_can(tier: str, fault: Fault, strea
 
 @every_fault
 @both_ways
-def test_last_of_all_answers_are_simulated_unless_one_was_begun(tier: str, fault: Fault, streaming: bool) -> None:
+def test_last_of_all_answers_are_simulated_unless_one_was_begun(
+    go: Runs, tier: str, fault: Fault, streaming: bool
+) -> None:
     async def scene() -> None:
         async with (
             FakeServer(per_token_s=0.0005) as server,
@@ -191,7 +211,9 @@ def test_last_of_all_answers_are_simulated_unless_one_was_begun(tier: str, fault
 
 @pytest.mark.parametrize("code", REFUSALS)
 @both_ways
-def test_a_refusal_is_told_in_the_servers_words_and_never_retried(tier: str, code: int, streaming: bool) -> None:
+def test_a_refusal_is_told_in_the_servers_words_and_never_retried(
+    go: Runs, tier: str, code: int, streaming: bool
+) -> None:
     records = Records()
 
     async def scene() -> None:
@@ -212,7 +234,7 @@ def test_a_refusal_is_told_in_the_servers_words_and_never_retried(tier: str, cod
 
 @every_fault
 @both_ways
-def test_a_mended_server_is_used_again(tier: str, fault: Fault, streaming: bool) -> None:
+def test_a_mended_server_is_used_again(go: Runs, tier: str, fault: Fault, streaming: bool) -> None:
     async def scene() -> None:
         async with (
             FakeServer() as server,
@@ -237,13 +259,19 @@ def test_a_mended_server_is_used_again(tier: str, fault: Fault, streaming: bool)
                 while text.startswith(LABEL):
                     await client.detect()
                     text = await said(client, streaming, 1)
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.3)
             assert server.answered >= 1
 
     go(scene())
 
 
-def test_local_and_simulated_answer_whole_and_streamed(tiny_path: Path) -> None:
+def test_on_a_real_clock_a_hanging_server_is_left_and_used_again_alike() -> None:
+    (hangs,) = (fault for fault in FAULTS if fault.name == "time-out")
+    test_another_server_answers(run, "http", hangs, False)
+    test_a_mended_server_is_used_again(run, "http", hangs, False)
+
+
+def test_local_and_simulated_answer_whole_and_streamed(go: Runs, tiny_path: Path) -> None:
     async def scene() -> None:
         for tiers, labelled in ((("local", "simulated"), False), (("simulated",), True)):
             async with VLLMClient(tiers=tiers, base=str(tiny_path)) as client:
@@ -264,7 +292,7 @@ CHOICES = ((70,), (80, 81), (80, 82))
 class Setup:
     engine: TieredEngine
     bare: RemoteEngine
-    servers: Sequence[FakeServer]
+    servers: Sequence[AnyFakeServer]
     records: Records
 
     async def play(self, calls: int = CALLS) -> list[Generation]:
@@ -279,23 +307,23 @@ class Setup:
         return list(await asyncio.gather(*map(self.engine.generate, requests)))
 
 
-async def made(servers: Sequence[FakeServer], aside: Path, after: str, timeout_s: float = 2.4) -> Setup:
+async def made(servers: Sequence[AnyFakeServer], aside: Path, after: str, timeout_s: float = 2.4) -> Setup:
     records = Records()
     control, transport = HttpControl(), HttpTransport()
-    pool = ServerPool([server.spec for server in servers], control, policy="round_robin")
-    publisher = Publisher(pool, control, transport, quorum=1.0, canary_tolerance=0.01)
+    pool = ServerPool([server.spec for server in servers], control, policy="round_robin", clock=now)
+    publisher = Publisher(pool, control, transport, quorum=1.0, canary_tolerance=0.01, clock=now)
     bare = RemoteEngine(
         transport, Fleet(pool, control, publisher, closing=(control.close,)), calls=records, timeout_s=timeout_s,
         remembered=0,
     )  # fmt: skip
     following = {"local": LogitEngine(text=(5, 6)), "simulated": SimulatedEngine()}
-    engine = TieredEngine([bare, *([following[after]] if after else [])])
+    engine = TieredEngine([bare, *([following[after]] if after else [])], clock=now)
     await engine.publish(A1, write_adapter(aside / "a1", seed=1))
     return Setup(engine, bare, servers, records)
 
 
 @every_fault
-def test_turns_come_from_another_server_with_the_same_tokens(fault: Fault, tmp_path: Path) -> None:
+def test_turns_come_from_another_server_with_the_same_tokens(go: Runs, fault: Fault, tmp_path: Path) -> None:
     async def scene() -> None:
         async with FakeServer(seed=1) as bad, FakeServer(seed=1) as good:
             setup = await made([bad, good], tmp_path, "")
@@ -316,7 +344,7 @@ def test_turns_come_from_another_server_with_the_same_tokens(fault: Fault, tmp_p
 
 @every_fault
 @pytest.mark.parametrize("after", ["local", "simulated"])
-def test_turns_come_from_the_next_tier_when_no_server_can(fault: Fault, after: str, tmp_path: Path) -> None:
+def test_turns_come_from_the_next_tier_when_no_server_can(go: Runs, fault: Fault, after: str, tmp_path: Path) -> None:
     async def scene() -> None:
         async with FakeServer() as server:
             setup = await made([server], tmp_path, after, fault.last_s)
@@ -331,7 +359,7 @@ def test_turns_come_from_the_next_tier_when_no_server_can(fault: Fault, after: s
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_a_refused_turn_is_an_error_and_not_another_tiers_turn(code: int, tmp_path: Path) -> None:
+def test_a_refused_turn_is_an_error_and_not_another_tiers_turn(go: Runs, code: int, tmp_path: Path) -> None:
     async def scene() -> None:
         async with FakeServer() as one, FakeServer() as two:
             setup = await made([one, two], tmp_path, "simulated")
@@ -347,7 +375,7 @@ def test_a_refused_turn_is_an_error_and_not_another_tiers_turn(code: int, tmp_pa
     go(scene())
 
 
-def test_an_adapter_a_server_lost_is_loaded_there_once(tmp_path: Path) -> None:
+def test_an_adapter_a_server_lost_is_loaded_there_once(go: Runs, tmp_path: Path) -> None:
     async def scene() -> None:
         async with FakeServer(seed=1) as one, FakeServer(seed=1) as two:
             setup = await made([one, two], tmp_path, "simulated")
@@ -363,7 +391,7 @@ def test_an_adapter_a_server_lost_is_loaded_there_once(tmp_path: Path) -> None:
     go(scene())
 
 
-def test_prompt_ids_that_changed_on_the_way_are_caught(tmp_path: Path) -> None:
+def test_prompt_ids_that_changed_on_the_way_are_caught(go: Runs, tmp_path: Path) -> None:
     async def scene() -> None:
         async with FakeServer(seed=1) as one, FakeServer(seed=1) as two:
             setup = await made([one, two], tmp_path, "simulated")
@@ -384,15 +412,17 @@ def test_prompt_ids_that_changed_on_the_way_are_caught(tmp_path: Path) -> None:
         ({"gives_ids": False}, "coterie serve"),
     ],
 )
-def test_a_server_started_wrongly_is_refused_with_the_flag_it_needs(fields: dict[str, Any], flag: str) -> None:
+def test_a_server_started_wrongly_is_refused_with_the_flag_it_needs(
+    go: Runs, fields: dict[str, Any], flag: str
+) -> None:
     async def scene() -> None:
         async with FakeServer(**fields) as server:
             control = HttpControl()
-            fleet = Fleet(ServerPool([server.spec], control), control, closing=(control.close,))
+            fleet = Fleet(ServerPool([server.spec], control, clock=now), control, closing=(control.close,))
             engine = RemoteEngine(HttpTransport(), fleet)
             with pytest.raises(EngineError, match=flag):
                 await engine.generate(GenerateRequest(PROMPT, None, seed=1, max_tokens=2))
-            tiers = TieredEngine([engine, SimulatedEngine()])
+            tiers = TieredEngine([engine, SimulatedEngine()], clock=now)
             turn = await tiers.generate(GenerateRequest(PROMPT, None, seed=1, max_tokens=2))
             assert turn.tier is Tier.SIMULATED
             assert flag in tiers.status()[0].why

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.inference.fake import ByteTokenizer, FakePolicy
@@ -27,7 +27,6 @@ _bodies = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(_bodies, st.lists(_ids, min_size=1, max_size=9), st.integers(0, 3), st.sampled_from(["", "some adapter"]))
 def test_every_log_probability_is_that_of_the_softmax_sampled_from(
     body: dict[str, Any], prompt: list[int], seed: int, weights: str
@@ -59,7 +58,6 @@ def test_every_log_probability_is_that_of_the_softmax_sampled_from(
         context.append(token)
 
 
-@settings(deadline=None)
 @given(st.lists(_ids, min_size=1, max_size=6), st.integers(0, 50))
 def test_generation_ends_with_the_first_stop_token_and_keeps_it(prompt: list[int], seed: int) -> None:
     body = {"max_tokens": 30, "allowed_token_ids": [TOKENS.END, 50, 51, 52], "stop_token_ids": [52]}

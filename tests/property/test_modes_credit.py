@@ -22,7 +22,7 @@ team_ids = st.sampled_from([None, "red", "blue", "s1"])
 all_modes = pytest.mark.parametrize("name", sorted(MODES))
 all_schemes = pytest.mark.parametrize("name", sorted(SCHEMES))
 relative = pytest.mark.parametrize("name", ["group_relative", "team_structured"])
-thorough = settings(deadline=None, max_examples=25)
+thorough = settings(max_examples=25)
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_a_modes_state_goes_through_json_to_the_bit(name, history):
 
 
 @given(history=histories, level=unit, task_type=st.sampled_from(TaskType))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_blend_stays_near_the_level_and_pure_where_it_is_pure(history, level, task_type):
     mode = lived("mixed", history)
     assert isinstance(mode, Mixed)

@@ -137,7 +137,7 @@ class World:
         return "answered"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(events=events, callers=callers, policy=st.sampled_from(POLICIES), cap=st.integers(1, 4))
 def test_every_call_ends_once_and_every_place_comes_back(
     events: list[Event], callers: list[Caller], policy: str, cap: int
@@ -161,7 +161,7 @@ def test_every_call_ends_once_and_every_place_comes_back(
     run(main())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     faults=st.lists(st.sampled_from(["503", "500", "reset", "evict"]), max_size=5),
     count=st.integers(1, 30),

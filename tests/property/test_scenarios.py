@@ -17,7 +17,7 @@ from coterie.scenarios.teamwork import team_scores
 from coterie.types import Observation, SeatId
 from tests.support.tables import exact, make_table, make_task, play
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 payoff = st.integers(-5, 5)
 
 

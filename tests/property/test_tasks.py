@@ -19,7 +19,7 @@ from coterie.scenarios.tasks.words import POOLS, translate
 from coterie.types import Observation, SeatId, Split, TaskType, TrainingTask
 from tests.support.tables import play
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 LANGUAGES = ("en", "zh")
 difficulty = st.integers(0, 1000).map(lambda n: n / 1000)
 seed = st.integers(0, 10**6)

@@ -3,14 +3,18 @@
 `VirtualLoop` is an ordinary event loop whose clock jumps to the next timer whenever nothing is ready to run. `run`
 runs a coroutine on one. `SimServer` is a server with a number of slots and a queue, on that clock: a discrete-event
 simulation of what the pool talks to, and a `ServerControl` of such servers is `SimFleet`.
+
+`HastyLoop`, and `run_hasty`, are for real sockets between coroutines of one loop: it waits a little before it jumps.
+Work costs no time there, however slow the machine, so a deadline passes only when nothing else is left to happen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, server_spec
@@ -50,6 +54,71 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run `main` in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
+
+
+GRACE_S = 0.05
+"""Real seconds without news after which `HastyLoop` takes it that none is coming: what one coroutine sends, the kernel
+hands to the other end within microseconds."""
+
+
+class _HastySelector(selectors.DefaultSelector):
+    """Advances the time by what it waited, or was to wait, and by nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.jobs = 0
+        """Calls under way in threads, for which it waits as long as they take."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        began = time.monotonic()
+        if timeout is None:
+            ready = super().select(60.0)
+            if not ready:
+                raise RuntimeError("nothing is left that could ever happen: the code under test waits for ever")
+        elif timeout <= GRACE_S or self.jobs:
+            ready = super().select(timeout)
+        else:
+            ready = super().select(GRACE_S)
+            if not ready:
+                self.now += timeout + 1e-9  # rounding could leave it just short of the timer
+                return ready
+        waited = time.monotonic() - began
+        self.now += waited if timeout is None or ready else max(0.0, timeout)
+        return ready
+
+
+class HastyLoop(asyncio.SelectorEventLoop):
+    """An event loop with real sockets and threads, whose long waits are short."""
+
+    def __init__(self) -> None:
+        self._hasty = _HastySelector()
+        super().__init__(self._hasty)
+
+    def time(self) -> float:
+        return self._hasty.now
+
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+        self._hasty.jobs += 1
+        future: asyncio.Future[T] = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._done)
+        return future
+
+    async def shutdown_default_executor(self, *arguments: Any) -> None:
+        self._hasty.jobs += 1
+        try:
+            await super().shutdown_default_executor(*arguments)
+        finally:
+            self._hasty.jobs -= 1
+
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        self._hasty.jobs -= 1
+
+
+def run_hasty(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` where long waits are short."""
+    with asyncio.Runner(loop_factory=HastyLoop) as runner:
         return runner.run(main)
 
 

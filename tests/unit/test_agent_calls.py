@@ -26,6 +26,7 @@ from coterie.inference.pool import ServerPool
 from coterie.inference.trust import UnfitServerError
 from coterie.inference.wire import FaultKind, ServerFault, WireReply, WireRequest
 from coterie.types import AdapterVersion, Tier
+from tests.support.loops import run
 
 MESSAGES = [{"role": "user", "content": "Which colour?"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -33,14 +34,6 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 class Colour(BaseModel):
     name: str
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        async with asyncio.timeout(60):
-            return await work
-
-    return asyncio.run(bounded())
 
 
 def asking(

@@ -72,9 +72,9 @@ def test_what_is_kept_of_a_run(tmp_path: Path, trained: Trained) -> None:
 
 def test_the_file_is_small_and_lists_of_numbers_are_one_line_each(tmp_path: Path, trained: Trained) -> None:
     claims.main(["signaling", "--seeds", "0", "--results", str(tmp_path)])
-    lines = [line.strip() for line in (tmp_path / "signaling.json").read_text().splitlines()]
-    assert '"update": [1, 2, 3]' in lines or '"update": [1, 2, 3],' in lines
-    assert '"exact/success": [null, 0.25, null],' in lines
+    lines = [line.strip().rstrip(",") for line in (tmp_path / "signaling.json").read_text().splitlines()]
+    assert '"update": [1, 2, 3]' in lines
+    assert '"exact/success": [null, 0.25, null]' in lines
 
 
 def test_an_interrupted_series_goes_on(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,7 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,16 +19,10 @@ from coterie.inference.simulated import LABEL
 from coterie.inference.speakers import Ask
 from coterie.inference.wire import ServerFault
 from coterie.types import Tier
+from tests.support.loops import run as go
 from tests.support.servers import Records
 
 HTTP = ("http",)
-
-
-def go(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, 30)
-
-    return asyncio.run(bounded())
 
 
 def test_it_is_a_public_name_and_needs_no_torch() -> None:

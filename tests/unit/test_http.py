@@ -7,10 +7,10 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,8 @@ from coterie.inference.bodies import body_of, encode, fault_of, path_of, reply_o
 from coterie.inference.fake import ByteTokenizer, FakeServer, token_logprobs, write_adapter
 from coterie.inference.http import HttpControl, HttpTransport, prometheus_sums
 from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, WireRequest, server_spec
+from tests.support.loops import run
+from tests.support.virtual import now, run_hasty
 
 IDS = (5, 6, 7, 8)
 SPEC = server_spec("http://host:1", api_key="the-key")
@@ -28,14 +30,6 @@ SPEC = server_spec("http://host:1", api_key="the-key")
 
 def request(**fields: Any) -> WireRequest:
     return WireRequest(**{"model": "fake-model", "prompt_ids": IDS, **fields})
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        async with asyncio.timeout(60):
-            return await work
-
-    return asyncio.run(bounded())
 
 
 @asynccontextmanager
@@ -515,11 +509,10 @@ def test_pieces_come_as_they_are_made() -> None:
     async def go() -> None:
         async with FakeServer(per_token_s=0.05) as server, transport() as sender:
             stream = sender.stream(server.spec, request(max_tokens=6, allowed=(70, 71)), 5)
-            times = [time.perf_counter() async for _ in stream]
-            assert len(times) == 6
-            assert times[-1] - times[0] > 0.2
+            times = [now() async for _ in stream]
+            assert [later - sooner for sooner, later in pairwise(times)] == [pytest.approx(0.05, abs=0.02)] * 5
 
-    run(go())
+    run(go(), run_hasty)
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
@@ -636,7 +629,7 @@ def test_a_streams_deadline_never_interrupts_the_caller() -> None:
                 await asyncio.sleep(0.5)  # longer than the deadline
             assert got == 1
 
-    run(go())
+    run(go(), run_hasty)
 
 
 def test_leaving_a_stream_ends_the_work_on_the_server() -> None:

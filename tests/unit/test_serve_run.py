@@ -188,6 +188,6 @@ def test_no_thread_is_left(engine: MemoryTokenEngine) -> None:
     async def work(session: aiohttp.ClientSession) -> None:
         kill()
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     life(engine, work)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before  # others may have ended meanwhile

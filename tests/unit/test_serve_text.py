@@ -37,7 +37,7 @@ def unfold(text: Text, said: str, prompt: str = "", **options: Any) -> tuple[lis
     return [*pieces, made.finish()], made
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     said=st.text(alphabet="aé日🙂 redblue\n", max_size=20), stops=st.lists(st.text("aé日🙂 re", min_size=1, max_size=3))
 )

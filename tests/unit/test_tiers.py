@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,11 @@ from coterie.inference.trust import TierFailedError
 from coterie.inference.wire import FaultKind, ServerFault
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 from tests.support.engines import LogitEngine
+from tests.support.loops import run as go
 from tests.support.servers import MemoryServers, Records, fault
 
 A3 = AdapterVersion("a", 3)
 PROMPT = (10, 20, 30)
-
-
-def go(work: Coroutine[Any, Any, Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, 20)
-
-    return asyncio.run(bounded())
 
 
 def ask(**fields: Any) -> GenerateRequest:

@@ -1,0 +1,5 @@
+"""Settings of the property tests here."""
+
+from __future__ import annotations
+
+from tests.support import examples as examples
