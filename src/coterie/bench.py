@@ -194,7 +194,8 @@ class Meter:
         # anchors are computed once, whatever the passes
         if learner.kl_coefficient > 0:
             flops += forward_flops(self.shape, work, self._adapters)
-        if self.loop.learner.anchors.magnet.strength > 0:
+        credit = self.loop.credit
+        if isinstance(credit, Magnetised) and credit.magnet.strength > 0:
             flops += forward_flops(self.shape, work, adapters)
         return flops
 

@@ -78,8 +78,8 @@ class Layer:
         v = attention.v_proj(h).view(tokens, -1, attention.head_dim)
         if self.queries is not None and self.keys is not None:
             q, k = self.queries(q), self.keys(k)
-        out = plan.attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v, attention.scaling)
-        x = x + attention.o_proj(out.flatten(1))
+        seen = plan.attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v, attention.scaling)
+        x = x + attention.o_proj(seen.flatten(1))
         h = self.before_mlp(x)
         gate = mlp.act_fn(mlp.gate_proj(h))
         up = mlp.up_proj(h)

@@ -37,7 +37,8 @@ class OutputMatrix:
         self.weight = weight
         self._packed: Tensor | None = None
         wanted = weight.device.type == "cpu" and weight.dtype == torch.float32
-        if wanted and torch.backends.mkldnn.is_available() and weight.numel() * 4 <= MOST_PACKED:
+        available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if wanted and available and weight.numel() * 4 <= MOST_PACKED:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), MOST_ROWS)
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ State = TypeVar("State")
 class SequentialGame(Protocol[State]):
     """The rules. States are values: nothing is changed in place."""
 
-    players: int
+    @property
+    def players(self) -> int: ...
 
     def initial(self) -> State: ...
 
