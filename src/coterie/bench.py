@@ -21,6 +21,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coterie.config import RunConfig
+from coterie.credit.base import Magnetised
 from coterie.environment import MultiModelEnvironment
 from coterie.monitor.console import Observer, Silent
 from coterie.monitor.metrics import UpdateRecord
