@@ -65,7 +65,7 @@ test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VEN
 	$(EXTERNAL) $(CAMEL_NEWEST_VENV)/bin/python -m pytest tests/external -m "camel or openai" $(ARGS)
 
 oasis: model $(OASIS_VENV)/.ready
-	@echo "$(OASIS_VENV)/bin/coterie train configs/oasis_campaign.toml"
+	@echo "$(OASIS_VENV)/bin/coterie train configs/oasis-campaign.toml"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from tests.support.engines import make_services
 FOLDER = Path(__file__).parents[2] / "configs"
 # those in configs/games need packages of the extra `games`, and tests/games asks the same of them
 CONFIGS = sorted(set(FOLDER.glob("**/*.toml")) - set(FOLDER.glob("games/*.toml")))
-OASIS = "oasis_campaign"
+OASIS = "oasis-campaign"
 
 
 def _marked(path: Path) -> ParameterSet:
