@@ -11,6 +11,12 @@ What stands between two markers, each alone on its line, is replaced:
     <!-- /table -->
     <!-- list -->                                in index.md: every page with its title and first sentence
     <!-- /list -->
+
+An example whose scenario needs a package that is not installed stays as it stands, and `--check` does not look at it.
+Those of other packages' environments are written, and checked, where `make test-games` and `make oasis` install them:
+
+    build/venv-games/bin/python docs/generate_scenarios.py
+    .venv-oasis/bin/python docs/generate_scenarios.py
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from claims_file import ClaimFile, digest, read  # noqa: E402
 from scenarios import CONDITIONS, FOLDER  # noqa: E402
 
 from coterie.config import RunConfig, load_config  # noqa: E402
+from coterie.errors import MissingPackageError  # noqa: E402
 from coterie.models import LoRAModel  # noqa: E402
 from coterie.modes.base import build_mode  # noqa: E402
 from coterie.rollout.matchmaking import assign  # noqa: E402
@@ -47,7 +54,12 @@ _MARKER = re.compile(r"^<!-- (?:(?P<kind>example|table|list)(?:: (?P<words>.*?))
 
 
 def example(config_path: str, *, language: str = "en", turns: int = 1, seats: Sequence[str] = ()) -> str:
-    """What seats are shown, as a block of text. Raises `ValueError` for a seat that is not there."""
+    """What seats are shown, as a block of text.
+
+    Raises:
+        ValueError: there is no such seat.
+        MissingPackageError: the scenario needs a package that is not installed.
+    """
     config = load_config(ROOT / config_path)
     scenario = build_scenario(config.scenario.id, config.scenario.options)
     task = next(draw_tasks(scenario, Split.TRAIN, config.seed))
@@ -183,7 +195,11 @@ def _opening(path: Path) -> tuple[str, str]:
 
 
 def filled(text: str, *, pages: Path, results: Path) -> str:
-    """`text` with everything between its markers made anew. Raises `ValueError` saying which marker is wrong."""
+    """`text` with everything between its markers made anew, but for examples that need a package which is not there.
+
+    Raises:
+        ValueError: says which marker is wrong.
+    """
     parts: list[str] = []
     at = 0
     opened: re.Match[str] | None = None
@@ -193,7 +209,11 @@ def filled(text: str, *, pages: Path, results: Path) -> str:
             if opened is None or opened["kind"] != marker["end"]:
                 raise ValueError(f"line {line}: {marker[0]} ends nothing that was begun")
             begun = text.count("\n", 0, opened.start()) + 1
-            parts += ["\n", _made(opened["kind"], opened["words"] or "", begun, pages, results), "\n", marker[0]]
+            try:
+                made = f"\n{_made(opened['kind'], opened['words'] or '', begun, pages, results)}\n"
+            except MissingPackageError:
+                made = text[at : marker.start()]
+            parts += [made, marker[0]]
             opened = None
         elif opened is not None:
             raise ValueError(f"line {line}: {opened[0]} before it has no end")

@@ -23,6 +23,10 @@ class ConfigError(CoterieError):
     exit_code = 2
 
 
+class MissingPackageError(ConfigError):
+    """What a setting asks for needs a package that is not installed."""
+
+
 class BaseModelError(CoterieError):
     """The base model cannot be found, fetched, checked or used."""
 

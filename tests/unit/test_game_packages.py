@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coterie.errors import ConfigError
+from coterie.errors import MissingPackageError
 from coterie.scenarios.base import SCENARIOS, build_scenario
 from tests.support.scripts import ROOT
 
@@ -30,7 +30,8 @@ EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text
 
 
 def test_every_adapter_is_looked_at() -> None:
-    assert set(PACKAGES) == {name for name, target in SCENARIOS.items() if ".adapters." in target}
+    elsewhere = {"oasis"}  # by test_oasis_campaign: it is no extra of one environment with the others
+    assert set(PACKAGES) | elsewhere == {name for name, target in SCENARIOS.items() if ".adapters." in target}
 
 
 @pytest.mark.parametrize("scenario", PACKAGES)
@@ -43,7 +44,7 @@ def test_a_missing_package_names_the_extra(scenario: str, tmp_path: Path, monkey
     rows.write_text("prompt,answer\n1 + 1 =,2\n")
     options: dict[str, Any] = {"data": str(rows)} if scenario == "datasets" else {}
     message = f"scenario '{scenario}' needs the package {package}; pip install 'coterie[{extra}]'"
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(MissingPackageError, match=re.escape(message)):
         build_scenario(scenario, options)
 
 

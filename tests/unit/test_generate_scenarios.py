@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from coterie.errors import MissingPackageError
 from coterie.scenarios.base import SCENARIOS
 from tests.support.scripts import ROOT, load_script
 
@@ -57,7 +58,7 @@ def test_a_page_has_what_every_page_has(page: Path) -> None:
     assert text.startswith("# ")
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert [section for section in sections if section in SECTIONS] == SECTIONS
-    commands = re.findall(r"^coterie train (\S+)", text, re.MULTILINE)
+    commands = re.findall(r"^(?:\S+/)?coterie train (\S+)", text, re.MULTILINE)
     assert commands
     marked = re.findall(r"^<!-- (?:example|table): (\S+)", text, re.MULTILINE)
     assert marked
@@ -143,6 +144,25 @@ def test_a_page_is_filled_and_found_out_of_date(tmp_path: Path, capsys: pytest.C
     assert "| success | 0.250 |" in filled
     assert "old" not in filled
     assert "- [Game](game.md) (`game`): A game.\n" in (pages / "index.md").read_text()
+
+
+def test_an_example_whose_package_is_missing_stays_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def example(config: str, **options: Any) -> str:
+        if config == SIGNALING:
+            return "made anew"
+        raise MissingPackageError("scenario 'openspiel' needs the package pyspiel")
+
+    monkeypatch.setattr(generate, "example", example)
+    missing = "<!-- example: configs/games/openspiel-kuhn.toml -->\n{}<!-- /example -->\n"
+    there = f"<!-- example: {SIGNALING} -->\n{{}}\n<!-- /example -->\n"
+    path = page(tmp_path, missing.format("as it stands\n") + there.format("old") + missing.format(""))
+    assert generate.main(["--check"], tmp_path, tmp_path) == 1
+    assert generate.main([], tmp_path, tmp_path) == 0
+    wanted = missing.format("as it stands\n") + there.format("made anew") + missing.format("")
+    assert path.read_text(encoding="utf-8").endswith(f"{wanted}\n")
+    assert generate.main(["--check"], tmp_path, tmp_path) == 0
 
 
 @pytest.mark.parametrize(

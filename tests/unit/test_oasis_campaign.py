@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from coterie.errors import ConfigError, ScenarioError
+from coterie.errors import ConfigError, MissingPackageError, ScenarioError
 from coterie.scenarios.adapters import oasis as adapter
 from coterie.scenarios.adapters.oasis import Oasis, OasisOptions
 from coterie.scenarios.base import build_scenario
 from coterie.scenarios.oasis import loading
 from coterie.scenarios.oasis.actions import Call, Post
 from coterie.scenarios.oasis.campaign import Campaign, CampaignOptions, GroupOptions, WeightOptions
-from coterie.types import Frozen, Split, TaskType, Trained, TrainingTask
+from coterie.types import Frozen, Observation, Split, TaskType, Trained, TrainingTask
 from tests.support.oasis_tables import Tables
 
 OK = {"success": True}
@@ -123,15 +123,24 @@ def test_weights_make_a_mean() -> None:
     assert WeightOptions(reach=1, likes=1).of(figures) == 0.75
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_page_shows_the_prompts_as_they_are(language: str) -> None:
+@pytest.mark.parametrize(
+    ("language", "system", "user", "prefix", "choices"),
+    [
+        (
+            "en", "You are with red. Choose one action.", "Posts and their likes:\nred 2\nblue 5", "Action:",
+            ("like red", "like blue", "dislike red", "dislike blue", "nothing"),
+        ),
+        (
+            "zh", "你属于red。选一个动作。", "帖子和赞数：\nred 2\nblue 5", "动作：",
+            ("赞red", "赞blue", "踩red", "踩blue", "无"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_an_agent_is_shown(language: str, system: str, user: str, prefix: str, choices: tuple[str, ...]) -> None:
     campaign = Campaign(CampaignOptions(), seed=0, language=language)
     found = campaign.offer(0, [Post(1, 1, 2), Post(2, 9, 5)])
-    lines = [f"system     {found.observation.system}"]
-    lines += [f"{'user' if not k else '':<11}{line}" for k, line in enumerate(found.observation.user.splitlines())]
-    lines += [f"assistant  {found.observation.prefix}", f"choices    {' | '.join(found.choices)}"]
-    page = Path(__file__).parents[2] / "docs" / "scenarios" / "oasis.md"
-    assert "```\n" + "\n".join(lines) + "\n```" in page.read_text(encoding="utf-8")
+    assert found.observation == Observation(system=system, user=user, prefix=prefix)
+    assert found.choices == choices
 
 
 def test_the_loyal_script_works_for_its_own() -> None:
@@ -208,14 +217,14 @@ def test_without_oasis_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(loading, "version", version)
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "igraph" else find_spec("json"))
-    with pytest.raises(ConfigError, match=r"camel-oasis needs igraph, not installed here; run `make oasis`"):
+    with pytest.raises(MissingPackageError, match=r"camel-oasis needs igraph, not installed here; run `make oasis`"):
         build_scenario("oasis", {})
     versions["camel-oasis"] = "0.3.0"
     with pytest.raises(ConfigError, match=r"made for camel-oasis 0\.2\.5, installed is 0\.3\.0"):
         build_scenario("oasis", {})
     versions.clear()
-    with pytest.raises(ConfigError, match=r"not installed \(the package named oasis is another one\).*--no-deps"):
+    with pytest.raises(MissingPackageError, match=r"\(the package named oasis is another one\).*--no-deps"):
         build_scenario("oasis", {})
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"which is not installed; run `make oasis`"):
+    with pytest.raises(MissingPackageError, match=r"which is not installed; run `make oasis`"):
         build_scenario("oasis", {})

@@ -30,7 +30,7 @@ from typing import Any, Final
 import numpy as np
 from pydantic import Field, model_validator
 
-from coterie.errors import ConfigError, CoterieError, ScenarioError
+from coterie.errors import ConfigError, CoterieError, MissingPackageError, ScenarioError
 from coterie.scenarios.base import ScenarioOptions
 from coterie.types import SeatId, Split, TaskType, TrainingTask
 
@@ -170,7 +170,8 @@ def load(module: str, *, extra: str, scenario: str, package: str | None = None) 
         package: top-level module that the extra brings; None: the first part of `module`.
 
     Raises:
-        ConfigError: the package is missing, or it is there and cannot be imported.
+        MissingPackageError: the package, or one it needs, is missing.
+        ConfigError: it is there and cannot be imported.
     """
     top = package or module.partition(".")[0]
     try:
@@ -179,13 +180,13 @@ def load(module: str, *, extra: str, scenario: str, package: str | None = None) 
     except ScenarioError as error:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name == top:
-            raise ConfigError(
+            raise MissingPackageError(
                 f"scenario {scenario!r} needs the package {top}; pip install 'coterie[{extra}]'"
             ) from error
         if isinstance(cause, ModuleNotFoundError) and (cause.name or "").startswith(f"{top}."):
             raise ConfigError(f"scenario {scenario!r}: {top} has no module {cause.name!r}; check its name") from error
         if isinstance(cause, ModuleNotFoundError):
-            raise ConfigError(
+            raise MissingPackageError(
                 f"scenario {scenario!r}: {module} needs {cause.name!r}, which is not installed; install what {top} "
                 f"says this environment needs, or pip install 'coterie[{extra}]'"
             ) from error

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, MissingPackageError
 
 VERSION = "0.2.5"
 _NEEDS = {
@@ -31,17 +31,19 @@ _MEND = (
 
 
 def require() -> None:
-    """Raises `ConfigError` saying what is missing and how to get it. Imports nothing."""
+    """Raises `ConfigError` (`MissingPackageError`) saying what is missing and how to get it. Imports nothing."""
     try:
         found = version("camel-oasis")
     except PackageNotFoundError:
         unrelated = " (the package named oasis is another one)" if find_spec("oasis") is not None else ""
-        raise ConfigError(f"scenario 'oasis' needs camel-oasis, which is not installed{unrelated}; {_MEND}") from None
+        raise MissingPackageError(
+            f"scenario 'oasis' needs camel-oasis, which is not installed{unrelated}; {_MEND}"
+        ) from None
     if found != VERSION:
         raise ConfigError(f"scenario 'oasis' was made for camel-oasis {VERSION}, installed is {found}; {_MEND}")
     lacking = [package for module, package in _NEEDS.items() if find_spec(module) is None]
     if lacking:
-        raise ConfigError(f"camel-oasis needs {', '.join(lacking)}, not installed here; {_MEND}")
+        raise MissingPackageError(f"camel-oasis needs {', '.join(lacking)}, not installed here; {_MEND}")
 
 
 def load(part: str) -> ModuleType:
