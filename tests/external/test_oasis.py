@@ -32,6 +32,7 @@ from coterie.types import Observation, Outcome, Split
 from tests.e2e.test_demo_camel import NOBODY, demo
 from tests.external.conftest import SERVED
 from tests.external.processes import ServerProcess
+from tests.support.scripts import ROOT, load_script
 
 pytestmark = pytest.mark.oasis
 
@@ -381,6 +382,15 @@ def test_a_tool_nobody_offered_is_a_call_that_is_not_valid() -> None:
     campaign = run(simulate(options, {"red": agents.SeatModel(decide)}))
     assert [(call.tool, call.valid) for call in campaign.calls] == [("do_nothing", True), ("like_post", False)]
     assert campaign.metrics()["valid_calls"] == 0.5
+
+
+def test_the_page_shows_what_agents_are_shown() -> None:
+    generate = load_script("docs/generate_scenarios.py")
+    page = ROOT / "docs" / "scenarios" / "oasis.md"
+    text = page.read_text(encoding="utf-8")
+    assert generate.filled(text, pages=page.parent, results=generate.FOLDER) == text
+    spoilt = text.replace("\nuser: ", "\nuser: Once upon a time ", 1)
+    assert spoilt != text == generate.filled(spoilt, pages=page.parent, results=generate.FOLDER)
 
 
 def test_a_group_without_model_is_refused() -> None:
