@@ -9,6 +9,7 @@ import pytest
 from tests.unit.test_configs import (
     FOLDER,
     config,
+    playable,
     test_a_run_keeps_it_whole,
     test_it_begins_by_saying_what_it_does,
     test_its_parts_build_and_its_models_fit,
@@ -18,6 +19,7 @@ from tests.unit.test_configs import (
 
 __all__ = [
     "config",
+    "playable",
     "test_a_run_keeps_it_whole",
     "test_it_begins_by_saying_what_it_does",
     "test_its_parts_build_and_its_models_fit",

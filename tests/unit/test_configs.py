@@ -16,7 +16,7 @@ from coterie.environment import MultiModelEnvironment
 from coterie.errors import ConfigError
 from coterie.rollout.runner import Plan, Runner
 from coterie.runs.directory import RunDirectory
-from coterie.scenarios.base import ExactlyMeasured, build_scenario
+from coterie.scenarios.base import ExactlyMeasured, HasScripts, build_scenario
 from coterie.scenarios.oasis.loading import require
 from coterie.types import Split
 from tests.support.engines import make_services
@@ -87,7 +87,8 @@ def test_its_targets_can_be_measured(playable: RunConfig) -> None:
 def test_its_tasks_can_be_played(playable: RunConfig, split: Split) -> None:
     config = playable
     env = MultiModelEnvironment(config=config)
-    runner = Runner(env.scenario, make_services(mode=config.mode, language=config.rollout.language))
+    scripts = env.scenario.scripts if isinstance(env.scenario, HasScripts) else {}
+    runner = Runner(env.scenario, make_services(mode=config.mode, scripts=scripts, language=config.rollout.language))
 
     async def play() -> None:
         for number, task in enumerate(islice(env.scenario.tasks(split, config.seed), 10)):
