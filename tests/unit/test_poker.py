@@ -17,7 +17,6 @@ from coterie.scenarios.poker import Kuhn, Leduc, Poker, PokerOptions, kuhn_equil
 from coterie.scenarios.poker_rules import KUHN, LEDUC, Hand, PokerRules, View
 from coterie.scenarios.sequential import CHANCE, TERMINAL, game_tree, nash_conv, uniform
 from coterie.types import Observation, SeatId, Split
-from tests.support.scripts import ROOT
 from tests.support.tables import exact, make_task, play
 
 J, Q, K = 0, 1, 2
@@ -290,15 +289,3 @@ def test_bad_options_say_what_is_wrong() -> None:
 def test_there_is_no_other_equilibrium(bluff: float) -> None:
     with pytest.raises(ValueError, match=r"0\.\.1/3"):
         kuhn_equilibrium(bluff)
-
-
-def as_on_a_page(seen: Observation) -> str:
-    return f"```\nsystem     {seen.system}\nuser       {seen.user}\nassistant  {seen.prefix}\n```"
-
-
-def test_the_pages_show_prompts_as_they_are() -> None:
-    views = {"kuhn": View(K, None, ("cr",)), "leduc": View(K, Q, ("rc", "cr"))}
-    for game in BOTH:
-        page = (ROOT / "docs" / "scenarios" / f"{game.name}.md").read_text(encoding="utf-8")
-        for language in ("en", "zh"):
-            assert as_on_a_page(game(PokerOptions()).shown(0, views[game.name], language)) in page

@@ -27,7 +27,6 @@ from coterie.scenarios.tictactoe_rules import (
     value,
 )
 from coterie.types import Observation, Scripted, SeatId, Split
-from tests.support.scripts import ROOT
 from tests.support.tables import exact, make_task, play
 
 Policy = Callable[[Board], Sequence[float]]
@@ -211,6 +210,18 @@ def asked(policy: Policy) -> Any:
     return probabilities
 
 
+def turned_back(policy: Policy) -> Policy:
+    """The same policy on boards that do not turn: what it does at the representative, turned back."""
+
+    def alike(board: Board) -> list[float]:
+        order = next(o for o in SYMMETRIES if tuple(board[c] for c in o) == representative(board))
+        shares = dict(zip(free(representative(board)), policy(representative(board)), strict=True))
+        back = {order[cell]: share for cell, share in shares.items()}
+        return [back[cell] for cell in free(board)]
+
+    return alike
+
+
 def by_enumeration(policy: Policy, opponent: str, begins: bool) -> list[float]:
     """(win, draw, loss) of a policy, by walking every game on boards that do not turn."""
 
@@ -247,28 +258,20 @@ def test_exact_of_random_and_of_perfect_play() -> None:
     assert figures["random_loss_second"] == pytest.approx(737 / 1260)
     assert figures["random_draw"] == pytest.approx(8 / 63)
     assert figures["minimax_win"] == 0
-    perfect = exact(
-        game(), probabilities=lambda seat, seen, choices: [
-            float(cell == best_moves(board_of(seen))[0]) for cell in free(board_of(seen))
-        ]
-    )  # fmt: skip
-    assert perfect["minimax_draw"] == pytest.approx(1.0)
-    assert perfect["random_loss"] == 0
-    assert perfect["random_win"] > 0.9
+    perfect: Policy = lambda board: [float(cell == best_moves(board)[0]) for cell in free(board)]  # noqa: E731
+    figures = exact(game(), probabilities=asked(perfect))
+    assert figures["minimax_draw"] == pytest.approx(1.0)
+    assert figures["random_loss"] == 0
+    # the first of equally good moves need not be the one a random player errs after: perfect play draws there, too
+    first, second = (by_enumeration(turned_back(perfect), "random", begins) for begins in (True, False))
+    assert figures["random_win"] == pytest.approx((first[0] + second[0]) / 2)
+    assert figures["random_draw"] == pytest.approx((first[1] + second[1]) / 2)
 
 
 def test_symmetry_changes_prompts_and_not_results() -> None:
     policy = drawn_policy(4)
     turned = exact(game(), probabilities=asked(policy))
-
-    def alike(board: Board) -> list[float]:
-        """The same policy on boards that do not turn: what it does at the representative, turned back."""
-        order = next(o for o in SYMMETRIES if tuple(board[c] for c in o) == representative(board))
-        shares = dict(zip(free(representative(board)), policy(representative(board)), strict=True))
-        back = {order[cell]: share for cell, share in shares.items()}
-        return [back[cell] for cell in free(board)]
-
-    straight = exact(game(symmetry=False), probabilities=asked(alike))
+    straight = exact(game(symmetry=False), probabilities=asked(turned_back(policy)))
     assert turned == pytest.approx(straight)
 
 
@@ -329,10 +332,3 @@ def test_unknown_contents_are_refused(content: dict[str, Any]) -> None:
 def test_bad_options_say_what_is_wrong(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_scenario("tictactoe", options)
-
-
-def test_the_page_shows_prompts_as_they_are() -> None:
-    page = (ROOT / "docs" / "scenarios" / "tictactoe.md").read_text(encoding="utf-8")
-    for view in ("lists", "lines"):
-        seen = game(view=view).shown(drawn("x.o .x. .o."), "en")
-        assert f"```\nsystem     {seen.system}\nuser       {seen.user}\nassistant  {seen.prefix}\n```" in page
