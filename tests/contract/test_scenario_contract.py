@@ -80,6 +80,7 @@ def test_keeps_the_contract(scenario_id: str, options: dict[str, Any], tmp_path:
 
 
 def test_no_built_in_is_left_out() -> None:
-    """Scenarios of other packages' environments stand in tests/games/test_contract.py."""
+    """Scenarios of other packages' environments stand in tests/games/test_contract.py, but for OASIS, which cannot be
+    installed with them: it is here, and skipped where it is not."""
     covered = {name for name, _ in CASES}
-    assert covered == {name for name, target in SCENARIOS.items() if ".adapters." not in target}
+    assert covered == {name for name, target in SCENARIOS.items() if ".adapters." not in target or name == "oasis"}

@@ -55,5 +55,6 @@ def test_keeps_the_contract(scenario_id: str, options: dict[str, Any], tmp_path:
 
 
 def test_no_adapter_is_left_out() -> None:
-    adapters = {name for name, target in SCENARIOS.items() if ".adapters." in target}
+    """But for OASIS, which cannot be installed with the others: tests/external/test_oasis.py."""
+    adapters = {name for name, target in SCENARIOS.items() if ".adapters." in target} - {"oasis"}
     assert {name for name, _ in CASES} == adapters
