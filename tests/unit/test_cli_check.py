@@ -25,7 +25,7 @@ from coterie.types import Outcome
 class Cheat(Matrix):
     async def play(self, task, table):
         outcome = await super().play(task, table)
-        return Outcome({seat: 2 * score for seat, score in outcome.scores.items()})
+        return Outcome({seat: 1.5 + score for seat, score in outcome.scores.items()})
 
 class Spins(Matrix):
     async def play(self, task, table):

@@ -189,26 +189,27 @@ async def outcome_of(
 def _check_outcome(
     outcome: Outcome, task: TrainingTask, table: PracticeTable, where: str, hooks: Hooks, found: Findings
 ) -> bool:
-    before = len(found.problems)
+    own = Findings()  # a problem seen before is not kept again, but this outcome is as wrong as the first
     if set(outcome.scores) != set(table.seats):
-        found.add(
+        own.add(
             f"scores are of {sorted(outcome.scores)}, the seats are {sorted(table.seats)}",
             where,
             mend="give every seat of seats(task) a score, and nobody else",
         )
     strangers = sorted(set(outcome.accuracy) - set(table.seats))
     if strangers:
-        found.add(f"accuracy names {strangers[0]!r}, which is no seat", where, mend="leave it out")
+        own.add(f"accuracy names {strangers[0]!r}, which is no seat", where, mend="leave it out")
     for what, values in (("score", outcome.scores), ("accuracy", outcome.accuracy)):
         for seat, value in values.items():
             if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-                found.add(
+                own.add(
                     f"the {what} of seat {seat!r} is outside 0..1",
                     f"{where}, {value}",
                     mend="move what was won to 0..1 by the least and the most that can be won",
                 )
-    check_finite("metric", outcome.metrics, where, found)
-    if len(found.problems) > before:
+    check_finite("metric", outcome.metrics, where, own)
+    found.include(own)
+    if own.problems:
         return False
     if hooks.divide is not None:
         teams: dict[SeatId, TeamId | None] = {seat: f"team {i % 2}" for i, seat in enumerate(table.seats)}

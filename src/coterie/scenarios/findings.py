@@ -41,6 +41,11 @@ class Findings:
         """Keep a problem, unless the same was seen before."""
         self.problems.setdefault(what, Problem(what, mend, where))
 
+    def include(self, others: Findings) -> None:
+        """Keep the problems of `others` too, unless the same were seen before."""
+        for problem in others.problems.values():
+            self.problems.setdefault(problem.what, problem)
+
     def note(self, text: str) -> None:
         self.notes.setdefault(text)
 
