@@ -30,7 +30,9 @@ def settings(tiny_path: Path) -> Callable[..., RunConfig]:
                 "updates": updates,
                 "models": PAIR,
                 "base": {"model": str(tiny_path), "threads": 1},
-                "scenario": {"id": "matrix", "options": {"game": "matching_pennies"}},
+                # in one round, calibrated choices are exactly even: their entropy has no slope, and where advantages
+                # happen to cancel nothing is learned; what is shown after a round makes prompts that differ
+                "scenario": {"id": "matrix", "options": {"game": "matching_pennies", "rounds": 2}},
                 "mode": "competitive",
                 "rollout": {"tasks_per_update": 3, "group_size": 6},
                 "learner": {"entropy_bonus": 0.05},
