@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coterie.errors import ScenarioError
+from coterie.errors import ConfigError, ScenarioError
 from coterie.scenarios.base import ScenarioOptions, Script, Table
 from coterie.scenarios.check import check, examine
 from coterie.scenarios.check_plays import Hooks
@@ -389,6 +389,12 @@ def test_figures_that_nothing_can_be_compared_with_are_noted() -> None:
 
 def test_claims_may_be_believed() -> None:
     assert examine(LuckyOne(), plays=0).problems == {}
+
+
+@pytest.mark.parametrize("plays", [1, 99])
+def test_too_few_plays_to_tell_a_fault_from_chance_are_refused(plays: int) -> None:
+    with pytest.raises(ConfigError, match=f"{plays} plays cannot tell a fault from chance; give at least 100, or 0"):
+        examine(LuckyOne(), plays=plays)
 
 
 def test_each_problem_says_how_to_mend_it_and_is_told_once() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
-from coterie.errors import cause
+from coterie.errors import ConfigError, cause
 from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, Scenario, ScenarioOptions
 from coterie.scenarios.check_claims import check_exact, check_symmetry
 from coterie.scenarios.check_plays import Hooks, StuckError, check_plays, name_of
@@ -46,6 +46,10 @@ def check(scenario: Scenario, *, seeds: Sequence[int] = (0, 1), tasks: int = 20,
     return examine(scenario, seeds=seeds, tasks=tasks, timeout_s=timeout_s).lines()
 
 
+LEAST_PLAYS = 100
+"""With fewer a claim cannot be put to the test."""
+
+
 def examine(
     scenario: Scenario,
     *,
@@ -62,9 +66,18 @@ def examine(
         tasks: looked at for each seed and side; all of them are played, so keep it small.
         timeout_s: for one play; after one that does not end, no other is tried. A loop that never awaits cannot be
             interrupted.
-        plays: with which a claim is put to the test (symmetry, exact figures); 0: claims are believed.
+        plays: with which a claim is put to the test (symmetry, exact figures), at least `LEAST_PLAYS`; 0: claims are
+            believed.
         hooks: what this module does not know: tokens, modes, and who wants to hear how far it is.
+
+    Raises:
+        ConfigError: so few plays that chance would pass for a fault.
     """
+    if 0 < plays < LEAST_PLAYS:
+        raise ConfigError(
+            f"{plays} plays cannot tell a fault from chance; give at least {LEAST_PLAYS}, or 0 to believe what the "
+            f"scenario claims"
+        )
     hooks = hooks or Hooks()
     found = Findings()
     options = getattr(scenario, "Options", None)  # probing is this function's job
