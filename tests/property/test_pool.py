@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import EngineError
@@ -138,6 +138,12 @@ class World:
 
 
 @settings(max_examples=150)
+@example(  # a trial call while one from before the pause still holds the only place
+    events=[Event(0.0, 0, "kill"), Event(0.0, 1, "kill"), Event(0.0, 2, "hang"), Event(0.0, 2, "500")],
+    callers=[Caller(at, 1.0, None, None) for at in (0.0, 0.0, 2.0, 2.0)],
+    policy="power_of_two",
+    cap=1,
+)
 @given(events=events, callers=callers, policy=st.sampled_from(POLICIES), cap=st.integers(1, 4))
 def test_every_call_ends_once_and_every_place_comes_back(
     events: list[Event], callers: list[Caller], policy: str, cap: int

@@ -133,7 +133,8 @@ class Member:
     def places(self, learnt: bool) -> int:
         """Free places; `learnt` says whether the learnt limit holds or only the configured one."""
         if self.breaker.state is BreakerState.HALF_OPEN:
-            return 0 if self.trial else 1
+            # calls from before the pause may still be there
+            return 0 if self.trial else max(0, min(1, self.limit.most - self.in_flight))
         return (self.limit.value if learnt else self.limit.most) - self.in_flight
 
     def seconds(self, now: float, best: float) -> float:
