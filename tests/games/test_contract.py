@@ -17,7 +17,7 @@ ROWS = "@rows"
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("textarena", {}),
     ("textarena", {"env_id": "KuhnPoker-v0-raw", "env_options": {"max_rounds": 2}, "memory": 2}),
-    ("textarena", {"env_id": "TicTacToe-v0", "choices": "none", "max_turns": 3}),
+    ("textarena", {"env_id": "IteratedPrisonersDilemma-v0-raw", "choices": "none", "max_turns": 4}),
     ("textarena", {"env_id": "ThreePlayerTicTacToe-v0-raw", "players": 3, "cooperation_level": 1.0}),
     ("textarena", {"env_id": "PigDice-v0-raw", "max_turns": 6}),
     ("pettingzoo", {}),

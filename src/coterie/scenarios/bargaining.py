@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.asking import Question, choose, distributions
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.welfare import equality
 from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingTask
 
@@ -114,7 +114,7 @@ class Bargaining:
         """What the author of an offer may keep."""
         self.scripts: Mapping[str, Script] = {
             "fair": lambda seen, choices, rng: self._fair(seen, choices),
-            "random": lambda seen, choices, rng: rng.choice(choices),
+            "random": at_random,
         }
 
     # -- the rules ------------------------------------------------------------------------------------------------

@@ -35,6 +35,18 @@ class ScenarioOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def at_random(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:
+    """The script that takes any choice."""
+    return rng.choice(choices)
+
+
+def repeated(task: TrainingTask) -> Iterator[TrainingTask]:
+    """The tasks of a scenario that has only this one: endlessly for TRAIN, once for HELDOUT."""
+    yield task
+    while task.split is Split.TRAIN:
+        yield task
+
+
 class SeatHandle(Protocol):
     """One seat, as a scenario asks it for turns."""
 

@@ -20,7 +20,7 @@ from typing import Final, Literal
 from pydantic import Field, model_validator
 
 from coterie.scenarios.asking import Question, choose, distributions
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random, repeated
 from coterie.scenarios.contests import sign
 from coterie.scenarios.welfare import alike
 from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingTask
@@ -104,7 +104,7 @@ class Blotto:
         least, most = divmod(options.troops, options.fields)
         even = [name(a) for a in self.allocations if min(a) == least and max(a) == least + (most > 0)]
         self.scripts: Mapping[str, Script] = {
-            "random": lambda seen, choices, rng: rng.choice(choices),
+            "random": at_random,
             "even": lambda seen, choices, rng: rng.choice(even),
         }
 
@@ -121,9 +121,7 @@ class Blotto:
             content={"troops": o.troops, "fields": o.fields},
             split=split,
         )
-        yield task
-        while split is Split.TRAIN:
-            yield task
+        return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return alike(SEATS)

@@ -28,7 +28,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.asking import Question, choose, distributions
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random, repeated
 from coterie.scenarios.welfare import alike, equality, normalised
 from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingTask
 
@@ -109,7 +109,7 @@ class Commons:
         self.scripts: Mapping[str, Script] = {
             "least": lambda seen, choices, rng: choices[0],
             "most": lambda seen, choices, rng: choices[-1],
-            "random": lambda seen, choices, rng: rng.choice(choices),
+            "random": at_random,
             "share": lambda seen, choices, rng: self._fair(seen),
         }
         self.best_total = self._most(options.players)
@@ -162,9 +162,7 @@ class Commons:
             content={"capacity": o.capacity, "growth": o.growth, "rounds": o.rounds},
             split=split,
         )
-        yield task
-        while split is Split.TRAIN:
-            yield task
+        return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return alike(self.players)

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.asking import Question, choose, distributions
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.welfare import alike
 from coterie.types import Observation, Outcome, Seat, SeatId, Split, TaskType, TrainingTask
 
@@ -96,7 +96,7 @@ class GuessNumber:
         """The players of each search, in the order of their turns."""
         self.scripts: Mapping[str, Script] = {
             "binary_search": _halve,
-            "random": lambda seen, choices, rng: rng.choice(choices),
+            "random": at_random,
         }
 
     # -- playing --------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ NashConv without sampling.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 import re
@@ -23,8 +22,8 @@ from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
-from coterie.errors import ScenarioError
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.asking import Question, choose, distributions
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random, repeated
 from coterie.scenarios.bimatrix import (
     GAMES,
     Bimatrix,
@@ -137,9 +136,7 @@ class Matrix:
             content={"game": self.game.name},
             split=split,
         )
-        yield task
-        while split is Split.TRAIN:
-            yield task
+        return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return [Seat(ROW), Seat(COLUMN, symmetric_with=ROW if self.game.symmetric else None)]
@@ -147,20 +144,10 @@ class Matrix:
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
         rounds: History = ()
         for _ in range(self.options.rounds):
-            row, column = await asyncio.gather(
-                *(
-                    table[seat].act(
-                        self.shown(seat, remembered(rounds, self.options.memory), table.language),
-                        choices=self.choices(seat, table.language),
-                        kind="move",
-                    )
-                    for seat in (ROW, COLUMN)
-                )
-            )
-            if row.choice is None or column.choice is None:
-                seat, turn = (ROW, row) if row.choice is None else (COLUMN, column)
-                raise ScenarioError(f"seat {seat!r} answered {turn.text!r}, which is none of its choices")
-            rounds = (*rounds, (row.choice, column.choice))
+            history = remembered(rounds, self.options.memory)
+            asked = [self.question(seat, history, table.language) for seat in (ROW, COLUMN)]
+            row, column = await choose(table, asked, "move")
+            rounds = (*rounds, (row, column))
         frequencies = {pair: rounds.count(pair) / len(rounds) for pair in set(rounds)}
         payoffs = self.game.expected(frequencies)
         scores = {seat: self.game.normalised(payoff) for seat, payoff in zip((ROW, COLUMN), payoffs, strict=True)}
@@ -179,15 +166,9 @@ class Matrix:
             ScenarioError: rounds and memory give too many histories to ask about.
         """
         asked_after = histories(self.game, self.options.rounds, self.options.memory)
-        asked = [(seat, history) for history in asked_after for seat in (ROW, COLUMN)]
-        answers = await asyncio.gather(
-            *(
-                table[seat].distribution(self.shown(seat, history, table.language), self.choices(seat, table.language))
-                for seat, history in asked
-            )
-        )
+        asked = {(s, h): self.question(s, h, table.language) for h in asked_after for s in (ROW, COLUMN)}
         policies: dict[SeatId, dict[History, Sequence[float]]] = {ROW: {}, COLUMN: {}}
-        for (seat, history), probabilities in zip(asked, answers, strict=True):
+        for (seat, history), probabilities in (await distributions(table, asked)).items():
             policies[seat][history] = probabilities
         horizon = (self.options.rounds, self.options.memory)
         frequencies = occupancy(self.game, policies[ROW], policies[COLUMN], *horizon)
@@ -198,6 +179,10 @@ class Matrix:
             "column_payoff": column,
             "nash_conv": nash_conv(self.game, policies[ROW], policies[COLUMN], *horizon),
         }
+
+    def question(self, seat: SeatId, history: History, language: str) -> Question:
+        """What `seat` is asked after the remembered rounds `history`."""
+        return Question(seat, self.shown(seat, history, language), self.choices(seat, language))
 
     def shown(self, seat: SeatId, history: History, language: str) -> Observation:
         """What `seat` sees after the remembered rounds `history`; its own words and points always come first."""
@@ -252,7 +237,7 @@ class Matrix:
         scripts: dict[str, Script] = {
             f"always_{name}": _always(action) for action, name in enumerate(self.game.actions[: min(rows, columns)])
         }
-        scripts["random"] = _at_random
+        scripts["random"] = at_random
         if rows == columns and (self.options.memory > 0 or self.options.rounds == 1):
             scripts["tit_for_tat"] = _tit_for_tat
         return scripts
@@ -263,10 +248,6 @@ def _always(action: int) -> Script:
         return choices[action]
 
     return answer
-
-
-def _at_random(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:
-    return rng.choice(choices)
 
 
 def _tit_for_tat(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:

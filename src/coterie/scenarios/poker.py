@@ -16,7 +16,6 @@ What a seat has seen stands in the beginning of its own answer, so that situatio
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from typing import Any, ClassVar, Final, cast
 from pydantic import Field
 
 from coterie.errors import ScenarioError
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.asking import Question, choose, distributions
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.poker_rules import (
     CALL,
     FIRST,
@@ -98,7 +98,7 @@ class Poker:
 
     def __init__(self, options: PokerOptions) -> None:
         self.options = options
-        self.scripts: Mapping[str, Script] = {"random": _at_random, "caller": self._caller}
+        self.scripts: Mapping[str, Script] = {"random": at_random, "caller": self._caller}
 
     @cached_property
     def tree(self) -> GameTree:
@@ -143,13 +143,9 @@ class Poker:
             if mover == CHANCE:
                 hand = self.rules.dealt(hand, deal)
                 continue
-            seat, view = SEATS[mover], self.rules.information(hand)
-            turn = await table[seat].act(
-                self.shown(mover, view, table.language), choices=self.choices(view, table.language), kind="move"
-            )
-            if turn.choice is None:
-                raise ScenarioError(f"seat {seat!r} answered {turn.text!r}, which is none of its choices")
-            hand = self.rules.after(hand, self.rules.actions(hand)[turn.choice])
+            asked = self.question(mover, self.rules.information(hand), table.language)
+            (choice,) = await choose(table, [asked], "move")
+            hand = self.rules.after(hand, self.rules.actions(hand)[choice])
         antes = self.rules.returns(hand)
         return Outcome(
             scores={seat: self.score(won) for seat, won in zip(SEATS, antes, strict=True)},
@@ -182,18 +178,15 @@ class Poker:
 
     async def _policies(self, table: Table) -> list[Policy]:
         """What the seats do at each information state of theirs."""
-        answers = await asyncio.gather(
-            *(
-                table[SEATS[player]].distribution(
-                    self.shown(player, view, table.language), self.choices(view, table.language)
-                )
-                for player, view in self._views
-            )
-        )
+        asked = {(player, view): self.question(player, view, table.language) for player, view in self._views}
         policies: list[dict[Any, Sequence[float]]] = [{}, {}]
-        for (player, view), probabilities in zip(self._views, answers, strict=True):
+        for (player, view), probabilities in (await distributions(table, asked)).items():
             policies[player][view] = probabilities
         return list(policies)
+
+    def question(self, player: int, view: View, language: str) -> Question:
+        """What a player is asked when it is to move at `view`."""
+        return Question(SEATS[player], self.shown(player, view, language), self.choices(view, language))
 
     def shown(self, player: int, view: View, language: str) -> Observation:
         """What a player sees when it is to move at `view`; the two seats differ only in who did what."""
@@ -249,10 +242,6 @@ class Poker:
             f"a card for each seat{' and a public one' if len(self.rules.bets) > 1 else ''}, "
             f"out of {list(self.rules.deck)}"
         )
-
-
-def _at_random(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:
-    return rng.choice(choices)
 
 
 _KUHN_EN: Final = Wording(

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.asking import Question, choose, distributions
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random, repeated
 from coterie.scenarios.welfare import alike, equality, normalised
 from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingTask
 
@@ -99,7 +99,7 @@ class PublicGoods:
         self.scripts: Mapping[str, Script] = {
             "give_all": lambda seen, choices, rng: choices[-1],
             "give_nothing": lambda seen, choices, rng: choices[0],
-            "random": lambda seen, choices, rng: rng.choice(choices),
+            "random": at_random,
         }
 
     # -- the rules ------------------------------------------------------------------------------------------------
@@ -141,9 +141,7 @@ class PublicGoods:
             content={"endowment": o.endowment, "multiplier": o.multiplier, "rounds": o.rounds},
             split=split,
         )
-        yield task
-        while split is Split.TRAIN:
-            yield task
+        return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return alike(self.players)

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.asking import Question, choose, chosen, distributions
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random, repeated
 from coterie.scenarios.blotto import Allocation, allocations, check_size, margin, name
 from coterie.scenarios.contests import SIDES, Odds, by_seat, figures, odds, sign, won
 from coterie.scenarios.teamwork import advice_speakers, heard_by
@@ -99,7 +99,7 @@ class TeamBlotto:
         low = "".join(sorted(spread))
         high = "".join(sorted(str(options.fields + 1 - int(field)) for field in spread))
         self.scripts: Mapping[str, Script] = {
-            "random": lambda seen, choices, rng: rng.choice(choices),
+            "random": at_random,
             "low": lambda seen, choices, rng: low,
             "high": lambda seen, choices, rng: high,
         }
@@ -117,9 +117,7 @@ class TeamBlotto:
             content={"troops": o.troops, "fields": o.fields, "battles": o.battles},
             split=split,
         )
-        yield task
-        while split is Split.TRAIN:
-            yield task
+        return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
         return [seat for one, other in self.teams.values() for seat in (Seat(one), Seat(other, symmetric_with=one))]

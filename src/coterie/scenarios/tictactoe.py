@@ -14,7 +14,6 @@ can meet against a given opponent, each with its probability, are followed move 
 
 from __future__ import annotations
 
-import asyncio
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,8 @@ from typing import Final, Literal
 from pydantic import Field
 
 from coterie.errors import ScenarioError
-from coterie.scenarios.base import ScenarioOptions, Script, Table
+from coterie.scenarios.asking import Question, chosen, distributions
+from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.tictactoe_rules import (
     EMPTY,
     FREE,
@@ -125,7 +125,7 @@ class TicTacToe:
 
     def __init__(self, options: TicTacToeOptions) -> None:
         self.options = options
-        self.scripts: Mapping[str, Script] = {"minimax": _minimax, "random": _at_random}
+        self.scripts: Mapping[str, Script] = {"minimax": _minimax, "random": at_random}
 
     def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
         """Every opponent, with seat "player" first and second; in turns, endlessly for TRAIN."""
@@ -160,11 +160,9 @@ class TicTacToe:
         mover = SEATS.index(first)
         board = self._view(EMPTY)
         while not over(board):
-            seat = SEATS[mover]
-            turn = await table[seat].act(self.shown(board, table.language), choices=self.choices(board), kind="move")
-            if turn.choice is None:
-                raise ScenarioError(f"seat {seat!r} answered {turn.text!r}, which is none of its choices")
-            board = self._view(after(board, free(board)[turn.choice]))
+            shown = self.shown(board, table.language)
+            turn = await table[SEATS[mover]].act(shown, choices=self.choices(board), kind="move")
+            board = self._view(after(board, free(board)[chosen(turn)]))
             mover = 1 - mover
         score = 0.5 if not lost(board) else float(SEATS[mover] == OPPONENT)
         return Outcome(
@@ -229,10 +227,8 @@ class TicTacToe:
             results.unresolved += sum(p for p in here.values() if p < self.options.exact_floor)
             here = {board: p for board, p in here.items() if p >= self.options.exact_floor}
             new = [board for board in here if board not in asked]
-            answers = await asyncio.gather(
-                *(table[seat].distribution(self.shown(board, table.language), self.choices(board)) for board in new)
-            )
-            asked.update(zip(new, answers, strict=True))
+            questions = {b: Question(seat, self.shown(b, table.language), self.choices(b)) for b in new}
+            asked.update(await distributions(table, questions))
             for board, probability in here.items():
                 for cell, share in zip(free(board), asked[board], strict=True):
                     if share > 0:
@@ -314,7 +310,3 @@ OPPONENTS: Final[Mapping[str, Move]] = {
 
 def _minimax(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:
     return _digit(rng.choice(best_moves(board_of(observation))))
-
-
-def _at_random(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:
-    return rng.choice(choices)

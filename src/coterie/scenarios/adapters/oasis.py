@@ -29,7 +29,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from coterie.errors import ScenarioError
-from coterie.scenarios.base import Script, Table
+from coterie.scenarios.asking import chosen
+from coterie.scenarios.base import Script, Table, at_random
 from coterie.scenarios.oasis.actions import TOOLS, Act, Kind, words
 from coterie.scenarios.oasis.campaign import Campaign, CampaignOptions
 from coterie.scenarios.oasis.loading import load, require
@@ -67,7 +68,7 @@ class Oasis:
         """Raises `ConfigError` when OASIS is not installed; it is imported when the first simulation begins."""
         require()
         self.options = options
-        self.scripts: Mapping[str, Script] = {"loyal": partial(_loyal, options), "random": _at_random}
+        self.scripts: Mapping[str, Script] = {"loyal": partial(_loyal, options), "random": at_random}
 
     def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
         """Simulations that differ by what the platform draws; endless for both sides."""
@@ -121,9 +122,7 @@ class Oasis:
         async def decide(agent: int) -> Act:
             offered = campaign.menus[agent]
             turn = await table[seats[agent]].act(offered.observation, choices=offered.choices, kind="act")
-            if turn.choice is None:
-                raise ScenarioError(f"seat {seats[agent]!r} answered {turn.text!r}, which is none of its choices")
-            return offered.acts[turn.choice]
+            return offered.acts[chosen(turn)]
 
         platform = load("platform")
         users: list[Any]
@@ -246,8 +245,3 @@ def _loyal(options: OasisOptions, observation: Observation, choices: Sequence[st
                 if choice.startswith(word) and choice.removeprefix(word).strip().rstrip("0123456789") in whose:
                     return choice
     return choices[-1]
-
-
-def _at_random(observation: Observation, choices: Sequence[str], rng: random.Random) -> str:
-    text: str = rng.choice(choices)
-    return text

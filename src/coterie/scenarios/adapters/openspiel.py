@@ -14,7 +14,6 @@ more than `exact_nodes` nodes is refused then, not after training.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from coterie.scenarios.adapters.foreign import (
     load,
     scored,
 )
+from coterie.scenarios.asking import Question, chosen, distributions
 from coterie.scenarios.base import Table
 from coterie.types import Observation, Outcome, Seat, Split, TrainingTask
 
@@ -131,10 +131,8 @@ class OpenSpiel:
             action = asked.actions[0]
             if len(asked.actions) > 1:
                 turn = await table[seat].act(asked.observation, choices=asked.choices, kind="move")
-                if turn.choice is None:
-                    raise ScenarioError(f"seat {seat!r} answered {turn.text!r}, which is none of its choices")
+                action = asked.actions[chosen(turn)]
                 turns[seat] += 1
-                action = asked.actions[turn.choice]
             with sandbox.running(self.options.game):
                 state.apply_action(action)
                 self._by_chance(state, chance)
@@ -151,14 +149,13 @@ class OpenSpiel:
     async def _exact(self, table: Table) -> dict[str, float]:
         """OpenSpiel's NashConv of the policies at `table`; see the class. No turn is taken, nothing is sampled."""
         asked = {key: found for key, found in self._walk(table.language) if len(found.actions) > 1}
-        answers = await asyncio.gather(
-            *(
-                table[self._seats[player]].distribution(found.observation, found.choices)
-                for (player, _), found in asked.items()
-            )
+        answers = await distributions(
+            table,
+            {key: Question(self._seats[key[0]], found.observation, found.choices) for key, found in asked.items()},
         )
         probabilities: dict[Key, dict[int, float]] = {}
-        for (key, found), answer in zip(asked.items(), answers, strict=True):
+        for key, found in asked.items():
+            answer = answers[key]
             # what engines round away would make the values of the game drift
             total = math.fsum(answer)
             probabilities[key] = {action: p / total for action, p in zip(found.actions, answer, strict=True)}

@@ -31,6 +31,7 @@ from coterie.scenarios.adapters.foreign import (
     load,
     scored,
 )
+from coterie.scenarios.asking import chosen
 from coterie.scenarios.base import Table
 from coterie.types import Observation, Outcome, Seat, SeatId, Split, TrainingTask
 
@@ -195,10 +196,9 @@ class PettingZoo:
         with sandbox.running(self.options.env):
             shown = self._shown(env, agent, observation, table.language)
         turn = await table[self._agents[agent]].act(shown, choices=[names[action] for action in legal], kind="move")
-        if turn.choice is None:
-            raise ScenarioError(f"seat {agent!r} answered {turn.text!r}, which is none of its choices")
+        action = first + legal[chosen(turn)]
         turns[agent] += 1
-        return first + legal[turn.choice]
+        return action
 
     def _legal(self, agent: Any, observation: Any, info: Mapping[str, Any]) -> list[int]:
         """Places of the actions that are not masked. Raises `ScenarioError` when none is left."""

@@ -32,8 +32,9 @@ from coterie.scenarios.adapters.foreign import (
     load,
     scored,
 )
+from coterie.scenarios.asking import chosen
 from coterie.scenarios.base import Table
-from coterie.types import Observation, Outcome, Seat, SeatId, Split, TrainingTask, Turn
+from coterie.types import Observation, Outcome, Seat, SeatId, Split, TrainingTask
 
 _LIST: Final = re.compile(r"\b(?:available|valid|legal|possible)\s+(?:moves|actions)\b[^:\n]*:([^\n]*)", re.IGNORECASE)
 _MOVE: Final = re.compile(r"\[[^\[\]\n]+\]")
@@ -140,7 +141,7 @@ class TextArena:
                 text = turn.text
             else:
                 turn = await table[seat].act(seen, choices=_short(moves), kind="move")
-                text = _chosen(seat, turn, moves)
+                text = moves[chosen(turn)]
             turns[seat] += 1
             finished = game.step(text)
         rewards, invalid = game.close(finished)
@@ -262,9 +263,3 @@ def _short(moves: Sequence[str]) -> tuple[str, ...]:
     """Without the brackets, when all have them: fewer tokens to say."""
     bare = tuple(move[1:-1].strip() if _MOVE.fullmatch(move) else "" for move in moves)
     return bare if all(bare) and len(set(bare)) == len(bare) else tuple(moves)
-
-
-def _chosen(seat: SeatId, turn: Turn, moves: Sequence[str]) -> str:
-    if turn.choice is None:
-        raise ScenarioError(f"seat {seat!r} answered {turn.text!r}, which is none of its choices")
-    return moves[turn.choice]
