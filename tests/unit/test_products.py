@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coterie.lm.functions import rms_norm, rotate
-from coterie.lm.products import LEAST_ROWS, MOST_ROWS, OutputMatrix, frozen_linear
+from coterie.lm.products import LEAST_TRANSPOSED, MOST_ROWS, MOST_TRANSPOSED, OutputMatrix, frozen_linear
 
 
 @pytest.fixture(params=[1, 2])
@@ -17,7 +17,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [1, LEAST_ROWS, 40, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, LEAST_TRANSPOSED, 40, MOST_TRANSPOSED, MOST_TRANSPOSED + 1])
 @pytest.mark.parametrize("bias", [False, True])
 def test_few_rows_give_what_a_linear_layer_gives(threads: int, rows: int, bias: bool) -> None:
     torch.manual_seed(rows)

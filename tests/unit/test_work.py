@@ -32,7 +32,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
             a, b = (args[0], args[1]) if name in ("mm", "bmm") else (args[1], args[2])
             self.calls += 1
             self.flops += 2 * a.numel() * b.shape[-1]

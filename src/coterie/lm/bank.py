@@ -1,12 +1,8 @@
-"""All adapters in one place, and the linear layers that apply them.
+"""All adapters of a run in one place.
 
 Engine and learner share this bank, so a policy's next turn is sampled from exactly the weights the learner just
-wrote.
-
-    y = x W^T + (alpha / rank) * (x A^T) B^T        A (rank, in), B (out, rank)      LoRA, Hu et al. 2021
-
-Packed tokens of one policy are contiguous; `routing` tells the layers which range belongs to which adapter. Tokens in
-no range pass through the bare base. Invariant: a token's gradient reaches exactly the adapter of its range.
+wrote. Packed tokens of one policy are contiguous; `routing` tells the linear layers (`coterie.lm.linear`) which range
+belongs to which adapter. Tokens in no range pass through the bare base.
 """
 
 from __future__ import annotations
@@ -14,123 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coterie.errors import AdapterError
 from coterie.lm.adapter import Adapter, AdapterPool, Segment
-from coterie.lm.products import frozen_linear
+from coterie.lm.linear import BankLinear
+from coterie.lm.route import Route
 from coterie.types import AdapterVersion, ModelId
-
-BATCHED_SEGMENTS = 6
-"""Adapters of one pool from which a batched product is quicker than one after the other."""
-BATCHED_TOKENS = 48
-"""Tokens a segment up to which that holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batched:
-    """Short segments of neighbouring adapters of one pool, padded to one length."""
-
-    pool: AdapterPool
-    first: int
-    """Row of the first adapter."""
-    index: Tensor
-    """int64 (adapters * length,): packed token of each place; padding repeats token 0."""
-    scaling: Tensor
-    """(adapters, 1, 1)"""
-    tokens: Tensor
-    """int64 (n,): packed tokens that are in these segments."""
-    places: Tensor
-    """int64 (n,): where they stand in the padded order."""
-
-
-@dataclass(slots=True)
-class Route:
-    """Which packed tokens go through which adapter in the pass under way."""
-
-    segments: tuple[Segment, ...] = ()
-    single: tuple[Segment, ...] = ()
-    """Those applied one after the other, when no gradient is wanted."""
-    batched: tuple[Batched, ...] = ()
-    """And those applied together."""
-
-
-class _LoRALinear(torch.autograd.Function):
-    """Base linear layer plus each segment's low-rank update; saves x and the (T, rank) products only."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, segments, *leaves):  # type: ignore[no-untyped-def]
-        out = nn.functional.linear(x, weight, bias)
-        inner = []
-        for (adapter, start, end), a, b in zip(segments, leaves[0::2], leaves[1::2], strict=True):
-            h = x[start:end] @ a.to(x.dtype).t()
-            out[start:end].addmm_(h, b.to(x.dtype).t(), alpha=adapter.scaling)
-            inner.append(h)
-        ctx.segments = segments
-        ctx.save_for_backward(x, weight, *leaves, *inner)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        n = len(ctx.segments)
-        x, weight, *rest = ctx.saved_tensors
-        leaves, inner = rest[: 2 * n], rest[2 * n :]
-        need_x = ctx.needs_input_grad[0]
-        grad_x = grad @ weight if need_x else None
-        grads: list[Tensor | None] = []
-        for i, (adapter, start, end) in enumerate(ctx.segments):
-            a, b = leaves[2 * i], leaves[2 * i + 1]
-            g = grad[start:end]
-            # thin products in the two layouts that matrix libraries are fast at (up to five times here)
-            grad_h = nn.functional.linear(g, b.to(g.dtype).t().contiguous()).mul_(adapter.scaling)
-            grads.append((grad_h.t() @ x[start:end]).to(a.dtype))
-            grads.append((inner[i].t() @ g).t().mul(adapter.scaling).to(b.dtype))
-            if grad_x is not None:
-                grad_x[start:end].addmm_(grad_h, a.to(g.dtype))
-        return grad_x, None, None, None, *grads
-
-
-class BankLinear(nn.Module):
-    """A frozen linear layer of the base that adds the routed adapters' updates."""
-
-    def __init__(self, linear: nn.Linear, name: str, bank: AdapterBank) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.name = name
-        self.route = bank.route
-
-    def forward(self, x: Tensor) -> Tensor:
-        segments = self.route.segments
-        flat = x.reshape(-1, x.shape[-1])
-        if not torch.is_grad_enabled():
-            return self._inference(flat).view(*x.shape[:-1], -1)
-        if not segments:
-            return nn.functional.linear(x, self.weight, self.bias)
-        leaves = [leaf for adapter, _, _ in segments for leaf in (adapter.a[self.name], adapter.b[self.name])]
-        out: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            flat, self.weight, self.bias, segments, *leaves
-        )
-        return out.view(*x.shape[:-1], -1)
-
-    def _inference(self, x: Tensor) -> Tensor:
-        """The same sum for (T, in) tokens, without autograd's bookkeeping and with short segments batched."""
-        out = frozen_linear(x, self.weight, self.bias)
-        for adapter, start, end in self.route.single:
-            a, b_t = adapter.factors(x.dtype)[self.name]
-            out[start:end].addmm_(nn.functional.linear(x[start:end], a), b_t, alpha=adapter.scaling)
-        for group in self.route.batched:
-            count = group.scaling.shape[0]
-            a = group.pool.a(self.name, group.first, count).to(x.dtype)
-            b = group.pool.b(self.name, group.first, count).to(x.dtype)
-            padded = x.index_select(0, group.index).view(count, -1, x.shape[-1])
-            h = torch.bmm(padded, a.transpose(1, 2)).mul_(group.scaling)
-            update = torch.bmm(h, b.transpose(1, 2)).view(-1, out.shape[-1])
-            out.index_add_(0, group.tokens, update.index_select(0, group.places))
-        return out
 
 
 class AdapterBank:
@@ -175,7 +63,7 @@ class AdapterBank:
         self.device = next(model.parameters()).device
         for name, linear in found.items():
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, BankLinear(linear, name, self))
+            setattr(model.get_submodule(parent), last, BankLinear(linear, name, self.route))
 
     def add(self, model_id: ModelId, rank: int, alpha: float, seed: int) -> Adapter:
         """A new adapter in training, version 0, equal to the base."""
@@ -266,52 +154,12 @@ class AdapterBank:
             if self._routed:
                 raise RuntimeError("routing is already active; passes may not be nested")
             self._routed = True
-            self.route.segments = tuple(segments)
-            if not torch.is_grad_enabled():
-                self.route.single, self.route.batched = _divide(segments, self.device)
+            self.route.lead(segments, self.device)
             try:
                 yield
             finally:
-                self.route.segments = self.route.single = self.route.batched = ()
+                self.route.lead((), self.device)
                 self._routed = False
-
-
-def _divide(segments: Sequence[Segment], device: torch.device) -> tuple[tuple[Segment, ...], tuple[Batched, ...]]:
-    """Segments to be applied one after the other, and runs of short ones whose adapters are neighbours in a pool."""
-    runs: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda s: (id(s[0].pool), s[0].row)):
-        last = runs[-1][-1][0] if runs else None
-        if last is not None and last.pool is segment[0].pool and last.row + 1 == segment[0].row:
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
-    single: list[Segment] = []
-    batched = []
-    for run in runs:
-        if len(run) < BATCHED_SEGMENTS or sum(end - start for _, start, end in run) > BATCHED_TOKENS * len(run):
-            single.extend(run)
-        else:
-            batched.append(_batched(run, device))
-    return tuple(single), tuple(batched)
-
-
-def _batched(run: Sequence[Segment], device: torch.device) -> Batched:
-    length = max(end - start for _, start, end in run)
-    index = torch.zeros(len(run), length, dtype=torch.int64)
-    tokens, places = [], []
-    for number, (_, start, end) in enumerate(run):
-        index[number, : end - start] = torch.arange(start, end)
-        tokens.append(torch.arange(start, end))
-        places.append(torch.arange(number * length, number * length + end - start))
-    scaling = torch.tensor([adapter.scaling for adapter, _, _ in run])
-    return Batched(
-        run[0][0].pool,
-        run[0][0].row,
-        index.flatten().to(device),
-        scaling[:, None, None].to(device),
-        torch.cat(tokens).to(device),
-        torch.cat(places).to(device),
-    )
 
 
 def _layer_index(name: str) -> int:

@@ -12,6 +12,7 @@ says which keys a token sees.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from coterie.lm.attention import Plan
 from coterie.lm.functions import rms_norm, rotate
+from coterie.lm.linear import BankLinear, Siblings
+from coterie.lm.products import MOST_PACKED, packable
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +48,36 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer: the linear layers are the model's own, adapters included."""
+    """One decoder layer; its linear layers are the model's own, adapters included."""
 
     number: int
-    attention: Any
-    mlp: Any
+    asked: Siblings
+    """Queries, keys and values."""
+    mixed: Siblings
+    inner: Siblings
+    """Gate and up."""
+    outer: Siblings
+    head_dim: int
+    scale: float
+    activation: Callable[[Tensor], Tensor]
     before_attention: Norm
     before_mlp: Norm
     queries: Norm | None
     keys: Norm | None
 
     @classmethod
-    def of(cls, number: int, module: Any, family: str) -> Layer:
-        attention = module.self_attn
+    def of(cls, number: int, module: Any, family: str, *, pack: bool) -> Layer:
+        attention, mlp = module.self_attn, module.mlp
         per_head = family == "qwen3"
         return cls(
             number,
-            attention,
-            module.mlp,
+            Siblings([attention.q_proj, attention.k_proj, attention.v_proj], pack=pack),
+            Siblings([attention.o_proj], pack=pack),
+            Siblings([mlp.gate_proj, mlp.up_proj], pack=pack),
+            Siblings([mlp.down_proj], pack=pack),
+            attention.head_dim,
+            attention.scaling,
+            mlp.act_fn,
             Norm.of(module.input_layernorm),
             Norm.of(module.post_attention_layernorm),
             Norm.of(attention.q_norm) if per_head else None,
@@ -70,22 +85,18 @@ class Layer:
         )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
-        attention, mlp = self.attention, self.mlp
-        h = self.before_attention(x)
         tokens = len(x)
-        q = attention.q_proj(h).view(tokens, -1, attention.head_dim)
-        k = attention.k_proj(h).view(tokens, -1, attention.head_dim)
-        v = attention.v_proj(h).view(tokens, -1, attention.head_dim)
+        q, k, v = (part.view(tokens, -1, self.head_dim) for part in self.asked(self.before_attention(x)))
         if self.queries is not None and self.keys is not None:
             q, k = self.queries(q), self.keys(k)
-        seen = plan.attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v, attention.scaling)
-        x = x + attention.o_proj(seen.flatten(1))
-        h = self.before_mlp(x)
-        gate = mlp.act_fn(mlp.gate_proj(h))
-        up = mlp.up_proj(h)
+        seen = plan.attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
+        (mixed,) = self.mixed(seen.flatten(1))
+        x = x + mixed
+        gate, up = self.inner(self.before_mlp(x))
+        gate = self.activation(gate)
         inner = gate * up if torch.is_grad_enabled() else gate.mul_(up)
-        out: Tensor = x + mlp.down_proj(inner)
-        return out
+        (out,) = self.outer(inner)
+        return x + out
 
 
 class Decoder:
@@ -97,7 +108,11 @@ class Decoder:
         self._embed = inner.embed_tokens
         self._rotary = inner.rotary_emb
         self._norm = Norm.of(inner.norm)
-        self.layers = [Layer.of(i, layer, model.config.model_type) for i, layer in enumerate(inner.layers)]
+        weights = [
+            module.weight for module in inner.layers.modules() if isinstance(module, torch.nn.Linear | BankLinear)
+        ]
+        pack = packable(weights, MOST_PACKED)
+        self.layers = [Layer.of(i, layer, model.config.model_type, pack=pack) for i, layer in enumerate(inner.layers)]
 
     def __call__(self, token_ids: Tensor, positions: Tensor, plan: Plan, *, checkpoint: bool = False) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,).

@@ -224,19 +224,23 @@ class LocalEngine:
         todo = list(waiting.values())
         served = 0
         while served < len(todo):
-            work = plan_pass(todo[served:], self.tokens_per_pass)
+            work = plan_pass(todo[served:], self.tokens_per_pass, self._place)
             if _fresh(work) > self.cache.free:
                 if served:
                     break
                 # give room to the runs that came first; the others are computed again when their turn comes
                 self._keep_only(self._fitting(todo))
-                work = plan_pass(todo, min(self.tokens_per_pass, self.cache.free))
+                work = plan_pass(todo, min(self.tokens_per_pass, self.cache.free), self._place)
                 if _fresh(work) > self.cache.free:
                     self._keep_only([todo[0][1]])
-                    work = plan_pass(todo[:1], self.cache.free)
+                    work = plan_pass(todo[:1], self.cache.free, self._place)
             self._forward(work)
             served += work.served
         return [run for run in self._runs if run.node.hidden is not None]
+
+    def _place(self, version: AdapterVersion | None) -> int:
+        """Adapters in the order they lie in memory: those of equally many tokens are then applied together."""
+        return -1 if version is None else self.base.bank.get(version).row
 
     def _keep_only(self, nodes: list[Node]) -> None:
         self.cache.keep_only(nodes, [run.node for run in self._runs])

@@ -6,7 +6,7 @@ token budget. New tokens form chains; each chain is one row of attention, and ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -33,8 +33,15 @@ class Pass:
     """How many of the waiting nodes this pass serves."""
 
 
-def plan_pass(waiting: Sequence[tuple[AdapterVersion | None, Node]], budget: int) -> Pass:
-    """Choose the first waiting nodes whose missing tokens fit `budget` (at least one of them)."""
+def plan_pass(
+    waiting: Sequence[tuple[AdapterVersion | None, Node]],
+    budget: int,
+    place: Callable[[AdapterVersion | None], int] = lambda version: 0,
+) -> Pass:
+    """Choose the first waiting nodes whose missing tokens fit `budget` (at least one of them).
+
+    Versions are laid in the order of their `place`, those of the same place as they come.
+    """
     chosen: dict[AdapterVersion | None, list[Node]] = {}
     seen: set[int] = set()
     wanted: list[Node] = []
@@ -58,7 +65,8 @@ def plan_pass(waiting: Sequence[tuple[AdapterVersion | None, Node]], budget: int
         served += 1
     nodes: list[Node] = []
     segments = []
-    for version, group in chosen.items():
+    for version in sorted(chosen, key=place):
+        group = chosen[version]
         if group:
             segments.append((version, len(nodes), len(nodes) + len(group)))
             nodes.extend(group)
