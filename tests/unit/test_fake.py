@@ -437,6 +437,10 @@ def test_streamed_tool_calls() -> None:
         ({"stream_options": {"include_usage": True}}, "400 Stream options"),
         ({"stream": True, "prompt_logprobs": 1}, "400 `prompt_logprobs` are not available"),
         ({"messages": [USER], "top_logprobs": 2}, "400 when using `top_logprobs`"),
+        ({"cache_salt": ""}, "400 Parameter 'cache_salt' must be a non-empty string"),
+        ({"cache_salt": 5}, "400 Parameter 'cache_salt' must be a non-empty string"),
+        ({"cache_salt": "a" * 129}, "400 Parameter 'cache_salt' must be at most 128 characters"),
+        ({"cache_salt": "a@b"}, "400 Parameter 'cache_salt' must be at most 128 characters"),
         ({"frequency_penalty": 0.5}, "400 The fake server does not imitate frequency_penalty"),
         ({"use_beam_search": True}, "400 The fake server does not imitate use_beam_search"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "400 Grammar error"),
@@ -524,8 +528,8 @@ def test_adapters_come_and_go_as_in_vllm(tmp_path: Path) -> None:
     with_client(play)
 
 
-async def first_token(client: Client, model: str) -> dict[str, float]:
-    made = await client.complete(model=model, max_tokens=1, logprobs=20, seed=1)
+async def first_token(client: Client, model: str, **body: Any) -> dict[str, float]:
+    made = await client.complete(model=model, max_tokens=1, logprobs=20, seed=1, **body)
     top: dict[str, float] = made["logprobs"]["top_logprobs"][0]
     return top
 
@@ -547,13 +551,33 @@ def test_stale_and_swapped_adapters_show_in_the_numbers(tmp_path: Path) -> None:
         )  # what answers can always be recomputed
         server.mend()
         assert await first_token(client, "a") == right
-        # loading in place answers with neither the old weights nor the new
+        # loading in place answers with neither the old weights nor the new, but where nothing cached is used
         write_adapter(path, 3)
         assert (await client.load("a", path, load_inplace=True))[0] == 200
         await client.load("new", path)
-        assert await first_token(client, "a") not in [right, await first_token(client, "new")]
+        new = await first_token(client, "new")
+        assert await first_token(client, "a") not in [right, new]
+        assert await first_token(client, "a", cache_salt="s") == new
+        assert await first_token(client, "a", prompt_logprobs=0) == new
 
     with_client(play)
+
+
+def test_as_vllms_cpu_build_it_dies_of_prompts_scored_under_an_adapter_beside_others(tmp_path: Path) -> None:
+    async def play(server: FakeServer, client: Client) -> None:
+        async def both(first: dict[str, Any], second: dict[str, Any]) -> list[int]:
+            asked = [{"prompt": IDS, "max_tokens": 1, **body} for body in (first, second)]
+            return [status for status, _ in await asyncio.gather(*(client.post("/completions", a) for a in asked))]
+
+        await client.load("a", write_adapter(tmp_path / "a", 1))
+        scored = {"model": "a", "prompt_logprobs": 0}
+        assert await both({"model": "a"}, {"prompt_logprobs": 0}) == [200, 200]  # of the base: harmless
+        assert (await client.complete(**scored))["prompt_logprobs"]  # alone: harmless
+        assert await both({}, scored) == [500, 500]
+        assert (await client.get("/health"))[0] == 503
+        assert (await client.refusal()).startswith("500")
+
+    with_client(play, cpu_build=True, latency_s=0.05)
 
 
 def test_an_engine_dies_of_an_adapter_whose_files_are_gone(tmp_path: Path) -> None:
@@ -652,6 +676,10 @@ def test_time_is_taken_by_tokens_by_prompts_not_seen_before_and_by_slowness() ->
         assert await timed(client, max_tokens=1, prompt=[*prompt, 7]) == pytest.approx(0.01 + 0.002, abs=0.01)
         metrics = (await client.get("/metrics"))[1]
         assert 'vllm:prefix_cache_hits_total{engine="0",model_name="fake-model"} 64.0' in metrics
+        salted = await timed(client, max_tokens=1, prompt=[*prompt, 7], cache_salt="s")
+        assert salted == pytest.approx(0.01 + 65 * 0.002, abs=0.01)
+        again = await timed(client, max_tokens=1, prompt=[*prompt, 7], cache_salt="s")
+        assert again == pytest.approx(0.01 + 0.002, abs=0.01)
 
     with_client(play, run_hasty, per_token_s=0.01, per_prompt_token_s=0.002)
 

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from coterie.errors import ConfigError, EngineError
-from coterie.inference.canary import CanaryError, content_of, distance, score
-from coterie.inference.fake import FakePolicy, FakeServer, adapter_weights, token_logprobs, write_adapter
+from coterie.inference.canary import (
+    CanaryError,
+    Probe,
+    check,
+    check_probe,
+    content_of,
+    distance,
+    normalised,
+    probe_ids,
+    score,
+)
+from coterie.inference.fake import FakePolicy, FakeServer, adapter_weights, distribution, write_adapter
 from coterie.inference.http import HttpControl, HttpTransport
 from coterie.inference.pool import ServerPool
-from coterie.inference.publisher import Probe, Publisher, PublishError, PublishReport
+from coterie.inference.publisher import Publisher, PublishError, PublishReport
 from coterie.inference.wire import FaultKind, ServerFault, ServerSpec, WireReply, WireRequest, server_spec
 from coterie.types import AdapterVersion
 
-TOKENS = tuple(range(40, 60))
+PROMPT = tuple(range(40, 60))
+ALLOWED = probe_ids(PROMPT)
+LOG2 = math.log(2.0)
 
 
 class Control(HttpControl):
@@ -75,7 +89,8 @@ class World:
     def probe(self, directory: Path) -> Probe:
         """What a learner with the adapter in `directory` computes."""
         vocabulary = self.servers[0].tokenizer.vocabulary
-        return TOKENS, token_logprobs(FakePolicy(0, vocabulary, adapter_weights(directory)), TOKENS)
+        logs = distribution(FakePolicy(0, vocabulary, adapter_weights(directory)), PROMPT, allowed=ALLOWED)
+        return Probe(PROMPT, ALLOWED, tuple(logs[token] for token in ALLOWED))
 
     async def publish(self, version: int, *, model: str = "m", zero: bool = False) -> PublishReport:
         adapter, directory = self.save(version, model=model, zero=zero)
@@ -86,10 +101,10 @@ class World:
         name = self.publisher.name(AdapterVersion(model, version))
 
         async def call(server: ServerSpec, remaining_s: float) -> tuple[str, tuple[float, ...]]:
-            request = WireRequest(name, TOKENS, max_tokens=1, extra={"prompt_logprobs": 0})
+            request = WireRequest(name, PROMPT, max_tokens=1, allowed=ALLOWED, top=len(ALLOWED))
             reply = await self.transport.call(server, request, remaining_s)
-            assert reply.prompt_logprobs is not None
-            return server.name, reply.prompt_logprobs
+            assert reply.top_logprobs is not None
+            return server.name, tuple(reply.top_logprobs[0][token] for token in ALLOWED)
 
         answer, _ = await self.pool.run(call, needs=name, timeout_s=20.0)
         return answer
@@ -99,8 +114,8 @@ class World:
 
 
 @asynccontextmanager
-async def world(count: int, folder: Path, **settings: object) -> AsyncIterator[World]:
-    servers = [FakeServer() for _ in range(count)]
+async def world(count: int, folder: Path, *, latency_s: float = 0.0, **settings: object) -> AsyncIterator[World]:
+    servers = [FakeServer(latency_s=latency_s, cpu_build=True) for _ in range(count)]
     for server in servers:
         await server.__aenter__()
     here = World(servers, folder, settings)
@@ -131,7 +146,7 @@ def test_a_version_is_served_everywhere_and_answers_as_the_learner_does(tmp_path
             for server in here.servers:
                 assert dict(server.loaded) == {"m-v1": str(directory.absolute())}
             _, logprobs = await here.ask(1)
-            assert logprobs == here.probe(directory)[1]
+            assert logprobs == here.probe(directory).logprobs
 
     asyncio.run(main())
 
@@ -143,7 +158,7 @@ def test_answers_change_with_the_version_and_the_old_one_is_served_on(tmp_path: 
                 await here.publish(version)
             for version in range(1, 4):
                 _, logprobs = await here.ask(version)
-                assert logprobs == here.probe(here.save(version)[1])[1]
+                assert logprobs == here.probe(here.save(version)[1]).logprobs
 
     asyncio.run(main())
 
@@ -222,29 +237,124 @@ def test_a_probe_that_says_nothing_is_refused_and_none_is_needed(tmp_path: Path)
     async def main() -> None:
         async with world(1, tmp_path) as here:
             adapter, directory = here.save(1)
-            for probe in (((5,), ()), ((5, 6), (-1.0, -1.0)), ((5, 6), (float("nan"),))):
-                with pytest.raises(EngineError, match=r"a probe of . tokens"):
-                    await here.publisher.publish(adapter, directory, probe)
+            with pytest.raises(CanaryError, match="a probe of 1 prompt tokens, 0 allowed ones and 0 log-prob"):
+                await here.publisher.publish(adapter, directory, Probe((5,), (), ()))
             assert here.control.loads == []
             await here.publisher.publish(adapter, directory, None)
             _, logprobs = await here.ask(1)
-            assert logprobs == here.probe(directory)[1]
+            assert logprobs == here.probe(directory).logprobs
 
     asyncio.run(main())
 
 
-def test_a_server_that_does_not_score_prompts_cannot_be_checked() -> None:
-    class Silent(HttpTransport):
-        async def call(self, server: ServerSpec, request: WireRequest, timeout_s: float) -> WireReply:
-            return WireReply(text="x", finish_reason="length")
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        (Probe((), (1, 2), (-LOG2, -LOG2)), "give a prompt, and 2 to 20 different tokens"),
+        (Probe((5,), (1,), (0.0,)), "give a prompt, and 2 to 20 different tokens"),
+        (Probe((5,), (1, 1), (-LOG2, -LOG2)), "give a prompt, and 2 to 20 different tokens"),
+        (Probe((5,), tuple(range(21)), (-math.log(21.0),) * 21), "give a prompt, and 2 to 20 different tokens"),
+        (Probe((5,), (1, 2), (-LOG2,)), "the finite log-probability of each"),
+        (Probe((5,), (1, 2), (0.0, -math.inf)), "the finite log-probability of each"),
+        (Probe((5,), (1, 2), (math.nan, -LOG2)), "the finite log-probability of each"),
+        (Probe((5,), (1, 2), (-LOG2, -2 * LOG2)), "normalised"),
+        (Probe((5,), (1, 2), (1e9, -LOG2)), "normalised"),
+    ],
+)
+def test_what_is_wrong_with_a_probe_is_said(probe: Probe, said: str) -> None:
+    check_probe(Probe((5,), (1, 2), (-LOG2, -LOG2)))
+    with pytest.raises(CanaryError, match=said):
+        check_probe(probe)
 
-    with pytest.raises(CanaryError, match=r"h:1: 'm-v1': 2 log-probabilities of the prompt .* 0 came back"):
-        asyncio.run(score(Silent(), server_spec("http://h:1"), "m-v1", (1, 2, 3), 1.0))
+
+def test_the_tokens_of_a_probe_are_the_last_different_ones_of_its_prompt() -> None:
+    assert probe_ids((9, 1, 2, 3, 2, 4, 3), without=(4,)) == (3, 2, 1, 9)
+    assert probe_ids(range(100)) == tuple(range(99, 83, -1))
+    assert probe_ids(range(100), count=2) == (99, 98)
+
+
+class Answering(HttpTransport):
+    """Answers every request with the same log-probabilities."""
+
+    def __init__(self, *top: Mapping[int, float]) -> None:
+        super().__init__()
+        self.top = top
+
+    async def call(self, server: ServerSpec, request: WireRequest, timeout_s: float) -> WireReply:
+        return WireReply(text="x", finish_reason="length", top_logprobs=self.top or None)
+
+
+@pytest.mark.parametrize(("top", "came"), [((), 0), (({1: -1.0, 9: -0.5, 8: -2.0},), 1)])
+def test_a_server_that_does_not_tell_what_is_asked_cannot_be_checked(top: tuple[dict[int, float]], came: int) -> None:
+    probe = Probe((5,), (1, 2), (-LOG2, -LOG2))
+    said = rf"h:1: 'm-v1': .* 2 allowed tokens were asked for .*, those of {came} came back.*processed_logprobs"
+    with pytest.raises(CanaryError, match=said):
+        asyncio.run(score(Answering(*top), server_spec("http://h:1"), "m-v1", probe, 1.0))
+
+
+def test_log_probabilities_over_the_vocabulary_are_scored_as_those_over_the_allowed_tokens() -> None:
+    probe = Probe((5,), (1, 2), (-LOG2, -LOG2))
+
+    async def checked(*top: Mapping[int, float]) -> None:
+        server = server_spec("http://h:1")
+        await check(Answering(*top), server, "m-v1", probe, tolerance=1e-9, unlike=())
+
+    asyncio.run(checked({1: -LOG2, 2: -LOG2}))
+    asyncio.run(checked({7: -0.01, 1: -30.0, 2: -30.0}))  # raw_logprobs
+    with pytest.raises(CanaryError, match=r"by 0\.5 nats"):
+        asyncio.run(checked({7: -0.01, 1: -30.0, 2: -31.0}))
+
+
+def test_what_is_normalised_sums_to_one_however_small_it_was() -> None:
+    assert normalised((-800.0, -800.0 - LOG2)) == pytest.approx((math.log(2 / 3), math.log(1 / 3)))
+    assert all(map(math.isnan, normalised((-1.0, -math.inf))))
 
 
 def test_what_is_no_number_is_infinitely_far_away() -> None:
     assert distance((-1.0, -2.0), (-1.5, -2.5)) == 0.5
     assert distance((-1.0,), (float("nan"),)) == distance((-1.0,), (float("-inf"),)) == float("inf")
+
+
+def test_a_check_beside_turns_under_way_does_not_kill_the_server(tmp_path: Path) -> None:
+    """A server that comes back checks several versions at once, and vLLM's CPU build dies of `prompt_logprobs` then."""
+
+    async def main() -> None:
+        async with world(1, tmp_path, latency_s=0.02) as here:
+            (server,) = here.servers
+            await here.publish(1)
+            turns = [asyncio.create_task(here.ask(1)) for _ in range(4)]
+            await asyncio.gather(
+                *(here.publish(version, model=model) for version in (2, 3) for model in ("m", "other"))
+            )
+            await asyncio.gather(*turns)
+            assert server.most_running > 2
+            canaries = [body for body in server.requests if "cache_salt" in body]
+            assert len(canaries) >= 5 * 2  # each version, and what it must not answer as
+            for body in canaries:
+                assert "prompt_logprobs" not in body
+                assert "seed" not in body
+                assert (body["max_tokens"], body["temperature"], body["logprobs"]) == (1, 1.0, len(ALLOWED))
+            assert len({body["cache_salt"] for body in canaries}) == len(canaries)
+
+    asyncio.run(main())
+
+
+def test_a_check_is_answered_by_the_weights_and_not_by_a_cache_of_what_had_the_name_before(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(1, tmp_path) as here:
+            await here.publish(1)
+            write_adapter(tmp_path / "m@v1", seed=7)  # behind the publisher's back
+            async with aiohttp.ClientSession() as session:
+                body = {"lora_name": "m-v1", "lora_path": str(tmp_path / "m@v1"), "load_inplace": True}
+                async with session.post(here.servers[0].url + "/load_lora_adapter", json=body) as response:
+                    assert response.status == 200
+            probe = here.probe(tmp_path / "m@v1")
+            found = await score(here.transport, here.servers[0].spec, "m-v1", probe, 5.0)
+            assert distance(normalised(found), probe.logprobs) < 1e-9
+            _, cached = await here.ask(1)
+            assert distance(cached, probe.logprobs) > 0.05
+
+    asyncio.run(main())
 
 
 # -- quorum and rollback -------------------------------------------------------------------------------------------
@@ -356,7 +466,7 @@ def test_a_restarted_server_gets_what_is_current_before_it_takes_calls(tmp_path:
             await until(lambda: len(here.pool.healthy()) == 2 or here.pool.states()[0].breaker == "half_open")
             assert set(here.servers[0].loaded) == {"m-v1", "m-v2", "other-v4"}
             here.pool.retire(here.name(1), "to see the other one")
-            assert (await here.ask(2)) == (here.name(0), here.probe(here.save(2)[1])[1])
+            assert (await here.ask(2)) == (here.name(0), here.probe(here.save(2)[1]).logprobs)
 
     asyncio.run(main())
 
@@ -367,7 +477,7 @@ def test_an_evicted_version_is_loaded_again_and_checked_again(tmp_path: Path) ->
             await here.publish(1)
             here.servers[0].evict("m-v1")
             answers = await asyncio.gather(*(here.ask(1) for _ in range(10)))
-            assert {logprobs for _, logprobs in answers} == {here.probe(here.save(1)[1])[1]}
+            assert {logprobs for _, logprobs in answers} == {here.probe(here.save(1)[1]).logprobs}
             assert len(here.control.loads) == 2
             here.servers[0].evict("m-v1")
             here.control.after_load = lambda server, name: here.servers[0].serve_stale(name)
@@ -414,7 +524,7 @@ def test_a_version_in_use_is_drained_first(tmp_path: Path) -> None:
             assert not collecting.done()
             assert "m-v1" in here.servers[0].loaded
             here.servers[0].wake()
-            assert (await call)[1] == here.probe(tmp_path / "m@v1")[1]
+            assert (await call)[1] == here.probe(tmp_path / "m@v1").logprobs
             assert await collecting == (AdapterVersion("m", 1),)
             assert not (tmp_path / "m@v1").exists()
 

@@ -47,7 +47,7 @@ class Weights:
     save: Callable[[AdapterVersion, Path], None]
     """Writes a model's current adapter to a directory, in PEFT's format."""
     probe: Callable[[AdapterVersion], Probe | None]
-    """Log-probabilities of some tokens under that version, for the canary."""
+    """What the canary compares servers with, as that version answers; None: no canary."""
 
 
 def server_specs(servers: Sequence[ServerConfig]) -> tuple[ServerSpec, ...]:

@@ -145,7 +145,8 @@ class WireReply:
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
-    """Of each prompt id after the first, at temperature 1, where asked for with extra {"prompt_logprobs": 0}."""
+    """Of each prompt id after the first, at temperature 1, where asked for with extra {"prompt_logprobs": 0}; under an
+    adapter vLLM's CPU build dies of that when another request is in the same step."""
     top_logprobs: tuple[Mapping[int, float], ...] | None = None
     """For each token, token id -> log-probability of the likeliest ids at that step and of the sampled one."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()

@@ -93,6 +93,8 @@ class SamplingBody(Body):
     logit_bias: dict[int, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = Field(default=None, ge=-1)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[^@/\\\x00]*$")
+    """Changes no answer: cached keys never outlive the adapter they were computed with."""
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None

@@ -10,7 +10,7 @@ import torch
 from coterie.config import RunConfig
 from coterie.credit.base import Magnet
 from coterie.errors import AdapterError
-from coterie.inference.canary import Probe
+from coterie.inference.canary import Probe, probe_ids
 from coterie.inference.deployment import Weights
 from coterie.inference.local.engine import LocalEngine
 from coterie.lm.adapters import restore_adapter, save_adapter
@@ -21,7 +21,7 @@ from coterie.models import LoRAModel
 from coterie.training.learner import Learner
 from coterie.types import AdapterVersion, ModelId, Observation
 
-PROBE_TOKENS = 24
+PROBE_QUESTION = "Say which of these is a colour: stone, blue, seven."
 """Of the canary that tells whether a server applies an adapter as the learner does."""
 
 
@@ -80,21 +80,20 @@ class TrainedPolicies:
         save_adapter(self.base.bank.training(version.model_id), directory, self.base, version)
 
     def probe(self, version: AdapterVersion) -> Probe:
-        """Some tokens, and the log-probability of each after the first under the adapter in training, temperature 1."""
+        """What the adapter in training answers to a fixed question, for a server's canary."""
         base = self.base
-        asked = base.chat.render(Observation(user="Say which of these is a colour: stone, blue, seven."))
-        tokens = asked[:PROBE_TOKENS]
-        forest = pack([(0, tokens)])
+        prompt = base.chat.render(Observation(user=PROBE_QUESTION))
+        allowed = probe_ids(prompt, without=base.chat.stop_ids)
+        forest = pack([(0, prompt)])
         with torch.no_grad():
             hidden = base.hidden(
                 torch.from_numpy(forest.token_ids).to(base.device),
                 torch.from_numpy(forest.positions).to(base.device),
                 forest.plan(),
-                [(base.bank.training(version.model_id), 0, len(tokens))],
+                [(base.bank.training(version.model_id), 0, len(prompt))],
             )
-            logprobs = base.logits(hidden[:-1]).log_softmax(-1)
-        after = torch.tensor(tokens[1:], device=logprobs.device)
-        return tokens, tuple(logprobs.gather(1, after[:, None])[:, 0].tolist())
+            logits = base.logits(hidden[-1:], torch.tensor(allowed, device=base.device))
+        return Probe(prompt, allowed, tuple(logits.log_softmax(-1)[0].tolist()))
 
     def _give_adapter(self, model: LoRAModel) -> None:
         """An adapter in training: the one saved where the model stands, or, for a new model, one equal to the base.

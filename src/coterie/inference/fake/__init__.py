@@ -20,8 +20,9 @@ In a process of its own, for measurements and for what only a real process can d
         await server.revive()
 
 Traps of real servers that it has too: /health says 200 while a sleeping server hangs; an in-place reload answers
-from a stale cache; an adapter whose directory was deleted kills the engine at its next use; a restarted server has
-lost its adapters; unknown options that would change answers are refused, not ignored.
+from a stale cache, unless a request brings a cache_salt of its own; an adapter whose directory was deleted kills the
+engine at its next use; with `cpu_build`, prompt_logprobs under an adapter kill it when another request is under way; a
+restarted server has lost its adapters; unknown options that would change answers are refused, not ignored.
 """
 
 from coterie.inference.fake.generation import LogprobsMode

@@ -48,6 +48,7 @@ class Faults:
         self._faults: dict[Where, deque[_Fault]] = {"generate": deque(), "adapters": deque(), "health": deque()}
         self._said: deque[tuple[str, tuple[str, str] | None]] = deque()
         self._stale: dict[str, str] = {}
+        self._outdated: set[str] = set()
         self._misreported = 0
         self._factor = 1.0
         self._halted: set[str] = set()
@@ -123,6 +124,7 @@ class Faults:
         self._halted.clear()
         self._awake.set()
         self._stale.clear()
+        self._outdated.clear()
         self._misreported, self._factor = 0, 1.0
 
     def hang(self) -> None:

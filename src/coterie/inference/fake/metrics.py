@@ -15,15 +15,15 @@ _BLOCK = 16
 
 
 class PrefixCache:
-    """Which beginnings of prompts were seen, in blocks, under each weights."""
+    """Which beginnings of prompts were seen, in blocks, under each weights and salt."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
         self.queries = self.hits = 0
 
-    def add(self, weights: str, prompt: Sequence[int]) -> int:
+    def add(self, weights: str, prompt: Sequence[int], salt: str = "") -> int:
         """Remember a prompt; how many of its tokens were not cached."""
-        cached, missed, key = 0, False, weights.encode()
+        cached, missed, key = 0, False, f"{weights} {salt}".encode()
         for end in range(_BLOCK, len(prompt) + 1, _BLOCK):
             block = ",".join(map(str, prompt[end - _BLOCK : end]))
             key = hashlib.blake2b(key + block.encode(), digest_size=16).digest()  # of all blocks so far

@@ -70,6 +70,8 @@ class Settings:
     """Whether a stream ends with a usage event."""
     ids: bool
     ids_as_tokens: bool
+    salt: str
+    """Of the prefix cache, which answers only prompts of the same salt. Empty: none."""
 
 
 async def read_json(request: web.BaseRequest) -> dict[str, Any]:
@@ -189,6 +191,7 @@ def read_settings(
         usage=bool((body.get("stream_options") or {}).get("include_usage")),
         ids=bool(body.get("return_token_ids")),
         ids_as_tokens=bool(body.get("return_tokens_as_token_ids")),
+        salt=_salt(body),
     )
 
 
@@ -266,6 +269,20 @@ def _bias(body: Mapping[str, Any], vocabulary: int) -> tuple[tuple[int, float], 
             param="logit_bias",
         )
     return tuple(bias.items())
+
+
+def _salt(body: Mapping[str, Any]) -> str:
+    salt = body.get("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not salt:
+        raise RefusedError("Parameter 'cache_salt' must be a non-empty string if provided.", param="cache_salt")
+    if len(salt) > 128 or set(salt) & set("@/\\\0"):
+        raise RefusedError(
+            "Parameter 'cache_salt' must be at most 128 characters and must not contain '@', '/', '\\\\', or NUL.",
+            param="cache_salt",
+        )
+    return salt
 
 
 def _integer(body: Mapping[str, Any], name: str, default: int) -> int:

@@ -60,6 +60,7 @@ class FakeServer(Faults):
         adapters: bool = True,
         dev_mode: bool = True,
         keep_alive_s: float = 5.0,
+        cpu_build: bool = False,
     ) -> None:
         """
         Args:
@@ -74,6 +75,7 @@ class FakeServer(Faults):
             dev_mode: Whether /is_sleeping and /is_paused exist.
             keep_alive_s: After which an idle connection is closed, vLLM's by default: clients that keep them as long
                 send now and then into one that is closing.
+            cpu_build: Die as vLLM's does of prompt_logprobs under an adapter while another request is under way.
         """
         super().__init__()
         self.model, self.seed, self.port = model, seed, port
@@ -83,7 +85,7 @@ class FakeServer(Faults):
         self.api_key = api_key
         self.max_model_len, self.max_lora_rank, self.max_logprobs = max_model_len, max_lora_rank, max_logprobs
         self.logprobs_mode, self.gives_ids = logprobs_mode, gives_ids
-        self.adapters, self.dev_mode, self.keep_alive_s = adapters, dev_mode, keep_alive_s
+        self.adapters, self.dev_mode, self.keep_alive_s, self.cpu_build = adapters, dev_mode, keep_alive_s, cpu_build
         self.calls = self.answered = self.cancelled = 0
         self.requests: deque[Json] = deque(maxlen=10_000)
         self._loaded: dict[str, _Adapter] = {}
@@ -159,11 +161,15 @@ class FakeServer(Faults):
         """Generations waiting for a slot."""
         return self._slots.waiting
 
-    def policy(self, name: str | None = None) -> FakePolicy:
-        """What answers under a served name (None: the base), to recompute its probabilities with."""
+    def policy(self, name: str | None = None, *, anew: bool = False) -> FakePolicy:
+        """What answers under a served name (None: the base), to recompute its probabilities with. `anew`: requests
+        that no cache answers, because they bring a cache_salt of their own or want prompt_logprobs."""
         if name is None or name == self.model:
             return FakePolicy(self.seed, self.tokenizer.vocabulary)
-        return FakePolicy(self.seed, self.tokenizer.vocabulary, self._stale.get(name, self._loaded[name].weights))
+        weights = self._loaded[name].weights
+        if name in self._outdated and not anew:
+            weights = f"outdated {weights}"
+        return FakePolicy(self.seed, self.tokenizer.vocabulary, self._stale.get(name, weights))
 
     async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
@@ -189,10 +195,10 @@ class FakeServer(Faults):
         """Forget an adapter, as a restarted server does: requests for it get 404."""
         self._loaded.pop(name, None)
         self._stale.pop(name, None)
+        self._outdated.discard(name)
 
     def serve_stale(self, name: str, like: str | None = None) -> None:
-        """Answer for `name` with the weights of the served name `like`, or (None) with weights nobody published, as
-        vLLM's prefix cache does after an in-place reload."""
+        """Answer for `name` with the weights of the served name `like`, or (None) with weights nobody published."""
         self._stale[name] = f"stale {self._loaded[name].weights}" if like is None else self.policy(like).weights
 
     def kill(self) -> None:
@@ -286,7 +292,7 @@ class FakeServer(Faults):
         before = self._loaded.get(name)
         self._loaded[name] = _Adapter(path, weights)
         if before is not None and before.weights != weights:
-            self.serve_stale(name)  # what vLLM really does
+            self._outdated.add(name)  # vLLM's cached keys are of what was there before; a fresh salt avoids them
         return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 
     async def _unload(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -318,7 +324,10 @@ class FakeServer(Faults):
             if planned is not None:
                 return planned
             answer, cost_s = self._prepare(body, chat, number)
-            async with self._slots.place():
+            scores = answer.settings.prompt_logprobs is not None and answer.model != self.model
+            async with self._slots.place(scores):
+                if self.cpu_build and self._slots.scoring and self.running > 1:
+                    self._dead = True
                 response = await self._answer(request, answer, cost_s)
         except asyncio.CancelledError:
             self.cancelled += 1
@@ -338,7 +347,7 @@ class FakeServer(Faults):
             raise RefusedError(REASONS[503], 503, "ServiceUnavailableError")
         if self._said:
             settings = saying(settings, *self._said.popleft(), self.tokenizer)
-        policy = self.policy(str(name))
+        policy = self.policy(str(name), anew=bool(settings.salt) or settings.prompt_logprobs is not None)
         first = rng.getrandbits(62) if settings.seed is None else settings.seed
         made = [
             [
@@ -351,7 +360,7 @@ class FakeServer(Faults):
         if self._misreported:
             self._misreported -= 1
             shown = [(*prompt[:-1], (prompt[-1] + 1) % self.tokenizer.vocabulary) for prompt in prompts]
-        fresh = sum(self._cache.add(policy.weights, prompt) for prompt in prompts)
+        fresh = sum(self._cache.add(policy.weights, prompt, settings.salt) for prompt in prompts)
         answer = Answer(number, str(name), chat, settings, prompts, shown, made, self.tokenizer, policy, self.gives_ids)
         return answer, self.latency_s + fresh * self.per_prompt_token_s
 
@@ -372,6 +381,8 @@ class FakeServer(Faults):
         await self._awake.wait()
         _, generated = answer.tokens
         await self._take(cost_s if answer.settings.stream else cost_s + generated * self.per_token_s)
+        if self._dead:
+            raise RefusedError(REASONS[500], 500, "InternalServerError")
         planned = await self._planned("generate", request, answer)
         if planned is not None:
             return planned

@@ -14,6 +14,8 @@ class Slots:
     def __init__(self, count: int | None) -> None:
         self.count = count
         self.running = self.most_running = 0
+        self.scoring = 0
+        """Of those running, how many score their prompts."""
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
@@ -26,8 +28,8 @@ class Slots:
         return self.count is not None and self.running >= self.count
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold a place."""
+    async def place(self, scores: bool = False) -> AsyncIterator[None]:
+        """Hold a place. `scores`: see `scoring`."""
         if self.busy or self._waiting:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -42,9 +44,11 @@ class Slots:
         else:
             self.running += 1
         self.most_running = max(self.most_running, self.running)
+        self.scoring += scores
         try:
             yield
         finally:
+            self.scoring -= scores
             self._release()
 
     def _release(self) -> None:
