@@ -8,6 +8,7 @@ word can be compared from version to version.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,10 +22,11 @@ import torch
 
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
-from coterie.inference.canary import distance, normalised, score
+from coterie.inference.canary import check, distance, normalised, score
 from coterie.inference.http import HttpControl, HttpTransport
 from coterie.inference.pool import ServerPool
 from coterie.inference.publisher import Publisher, PublishError
+from coterie.inference.wire import WireRequest
 from coterie.lm.adapters import save_adapter
 from coterie.lm.tiny import tiny_random
 from coterie.models import LoRAModel, ModelConfig
@@ -298,6 +300,39 @@ def test_the_canary_catches_the_version_before_under_the_new_ones_name(
         assert report.served_by == (bench.server.spec.name,)
 
     on_bench(one, tiny, tmp_path, "stale", play)
+
+
+def test_the_canary_is_right_beside_turns_under_way_and_harms_none(
+    one: ServerProcess, tiny: Path, tmp_path: Path
+) -> None:
+    """vLLM's CPU build would die here of prompt_logprobs."""
+    v1, v2 = AdapterVersion("a", 1), AdapterVersion("a", 2)
+
+    async def play(bench: Bench) -> None:
+        spec, rng, enough = bench.server.spec, random.Random(1), asyncio.Event()
+
+        async def turns(model: str) -> int:
+            count = 0
+            while not enough.is_set():
+                prompt = tuple(rng.randrange(20, 300) for _ in range(rng.randrange(5, 60)))
+                await bench.transport.call(spec, WireRequest(model, prompt, max_tokens=rng.randrange(1, 12)), 60)
+                count += 1
+            return count
+
+        first = await bench.publisher.publish(v1, bench.saved(v1, 0.2, seed=1), bench.policies.probe(v1))
+        going = [asyncio.create_task(turns(name)) for name in (SERVED, first.name) * 4]
+        directory = bench.saved(v2, 0.01, seed=2)
+        probe = bench.policies.probe(v2)
+        second = await bench.publisher.publish(v2, directory, probe)
+        unlike = [SERVED, first.name]
+        for _ in range(10):
+            checks = (check(bench.transport, spec, second.name, probe, tolerance=1e-3, unlike=unlike) for _ in range(3))
+            await asyncio.gather(*checks)
+        enough.set()
+        assert sum(await asyncio.gather(*going)) > 20
+        assert bench.server.alive
+
+    on_bench(one, tiny, tmp_path, "beside", play)
 
 
 # -- two servers ----------------------------------------------------------------------------------------------------
