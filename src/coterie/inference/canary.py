@@ -5,7 +5,9 @@
 
 The first catches another model, a swapped or broken adapter; it cannot tell a small change from the numerical
 difference between two machines. The second can: the same server computes both, so an adapter that is not applied at
-all, or a version that went stale, answers to the last digit as what it was mistaken for.
+all, or a version that went stale, answers to the last digit as what it was mistaken for. Those it is compared with are
+asked before it is loaded: beside requests under adapters vLLM's CPU build answers the base's with the adapter in its
+last slot, which would then be the very one that is checked.
 
 It is asked as turns with choices are: one token out of a few allowed ones, with the log-probabilities of all of them.
 The prompt's own log-probabilities (`prompt_logprobs`) would say as much, but vLLM's CPU build dies of them under an
@@ -172,15 +174,16 @@ async def check(
     probe: Probe,
     *,
     tolerance: float,
-    unlike: Sequence[str],
+    unlike: Mapping[str, Sequence[float]],
     timeout_s: float = 60.0,
 ) -> None:
     """Check that `server` serves under `name` the adapter that `probe` was made with.
 
     Args:
         tolerance: largest mean absolute difference from the learner, in nats a token, normalised over those allowed.
-        unlike: served names there whose answers must differ from those of `name` (the base, the version before).
-        timeout_s: of each of the 1 + len(unlike) calls.
+        unlike: by served name there, what `score` found for it before `name` was loaded; the answers of `name` must
+            differ (the base, the version before).
+        timeout_s: of the call.
 
     Raises:
         CanaryError: it serves something else.
@@ -193,8 +196,8 @@ async def check(
             f"{server.name}: under {name!r} log-probabilities differ from the learner's by {off:.3g} nats a token on "
             f"average, {tolerance:g} are allowed: it serves another adapter or another base"
         )
-    for other in unlike:
-        if await score(transport, server, other, probe, timeout_s) == served:
+    for other, answer in unlike.items():
+        if tuple(answer) == served:
             raise CanaryError(
                 f"{server.name}: {name!r} answers exactly as {other!r}: the adapter is not applied there, or is stale"
             )

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coterie.errors import ConfigError, EngineError
-from coterie.inference.canary import CanaryError, Content, Probe, check, check_probe, content_of
+from coterie.inference.canary import CanaryError, Content, Probe, check, check_probe, content_of, score
 from coterie.inference.pool import ServerPool
 from coterie.inference.wire import FaultKind, ServerControl, ServerFault, ServerSpec, Transport
 from coterie.types import AdapterVersion, ModelId
@@ -241,6 +241,7 @@ class Publisher:
 
     async def _load(self, server: ServerSpec, record: _Published) -> None:
         async with record.alone(server):
+            others = await self._patiently(lambda: self._others(server, record))
             if record.collected:
                 raise PublishError(f"adapter {record.version.name} was collected meanwhile")
             record.readers[server.name] = server
@@ -255,9 +256,17 @@ class Publisher:
                 raise
             del record.doubtful[server.name]
             if record.probe is not None:
-                await self._patiently(lambda: self._check(server, record))
+                await self._patiently(lambda: self._check(server, record, others))
 
-    async def _check(self, server: ServerSpec, record: _Published) -> None:
+    async def _others(self, server: ServerSpec, record: _Published) -> dict[str, tuple[float, ...]]:
+        """What those say there that must not answer as `record` does."""
+        if record.probe is None:
+            return {}
+        names = await self._unlike(server, record)
+        probe, timeout_s = record.probe, self._canary_timeout_s
+        return {name: await score(self._transport, server, name, probe, timeout_s) for name in names}
+
+    async def _check(self, server: ServerSpec, record: _Published, others: Mapping[str, tuple[float, ...]]) -> None:
         assert record.probe is not None
         await check(
             self._transport,
@@ -265,7 +274,7 @@ class Publisher:
             record.name,
             record.probe,
             tolerance=self._tolerance,
-            unlike=await self._unlike(server, record),
+            unlike=others,
             timeout_s=self._canary_timeout_s,
         )
 
