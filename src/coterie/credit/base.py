@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -51,7 +52,7 @@ class Magnet:
         """`strength` when the share `done` of all updates lies behind."""
         if self.final is None or self.strength == 0.0:
             return self.strength
-        return self.strength * (self.final / self.strength) ** min(1.0, done)
+        return self.strength * math.exp(math.log(self.final / self.strength) * min(1.0, done))
 
 
 @runtime_checkable
