@@ -19,9 +19,7 @@ import argparse
 import datetime as dt
 import fnmatch
 import json
-import os
 import random
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from bench_envs import FOLDER, ROOT, InstallError, ensure
 from bench_peers import Peer, PeerError
 from bench_suites import FULL, NAMES, QUICK, Runner, Suite, material_spec, suites
 from claims import machine
+from keeping import ended_by_sigterm, replace_file
 from write_performance import PAGE, RESULTS
 
 QUICK_RESULTS = FOLDER.parent / "bench-quick.json"
@@ -149,10 +148,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
     """Replace `path` as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    replace_file(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def measure(chosen: Sequence[str], options: argparse.Namespace) -> list[str]:
@@ -222,27 +218,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong = f"there is no suite {unknown[0]!r}" if unknown else "--repeats must be at least 1"
         print(f"error: {wrong}; suites: {', '.join(NAMES)}", file=sys.stderr)
         return 2
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        problems = measure(chosen, options)
+        with ended_by_sigterm():
+            problems = measure(chosen, options)
     except (PeerError, InstallError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; finished rounds are kept in {options.results}", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     say(f"kept in {options.results}")
     for problem in problems:
         print(f"not measured: {problem}", file=sys.stderr)
     page = PAGE if options.results == RESULTS else options.results.with_suffix(".md")
     written = write_performance.main(["--results", str(options.results), "--output", str(page)])
     return 1 if problems else written
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

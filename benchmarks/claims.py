@@ -20,7 +20,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_file import CONFIGS, RESULTS, ROOT, ClaimFile, digest, read, write
+from keeping import ended_by_sigterm
 
 CURVES = {
     "tasks": r"play/[^/]+/(accuracy|reward)",
@@ -231,23 +231,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.changes and options.results == RESULTS:
         print("error: --set needs --results DIR: benchmarks/results is for the configs as shipped", file=sys.stderr)
         return 2
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        chosen = variants(claim, options.modes, options.levels)
-        measure(claim, chosen, options.seeds, options.changes, options)
+        with ended_by_sigterm():
+            chosen = variants(claim, options.modes, options.levels)
+            measure(claim, chosen, options.seeds, options.changes, options)
     except (RunFailedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; what is measured is kept, and the same command goes on", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from keeping import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,11 +76,8 @@ def read(path: Path) -> ClaimFile | None:
 
 def write(path: Path, found: ClaimFile) -> None:
     """Replace `path` as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     data = {"claim": found.claim, "config": found.config, "digest": found.digest, "runs": list(found.runs)}
-    aside.write_text(_text(data), encoding="utf-8")
-    os.replace(aside, path)
+    replace_file(path, _text(data))
 
 
 def _text(data: object) -> str:

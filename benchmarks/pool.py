@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import _cpu as cpu_name
+from keeping import replace_file
 from pool_systems import LiteLLM, Ours, PeerError, Plain, System, VllmRouter, Workload, install
 
 from coterie.inference.fake import FakeProcess
@@ -130,10 +131,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
     """Replace `path` as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    replace_file(path, json.dumps(results, indent=1) + "\n")
 
 
 def table(results: Mapping[str, Any]) -> str:

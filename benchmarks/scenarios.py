@@ -25,7 +25,6 @@ import asyncio
 import datetime as dt
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from typing import Any
 
 from claims import RunFailedError, machine, train
 from claims_file import RESULTS, ROOT, ClaimFile, digest, read, write
+from keeping import ended_by_sigterm
 
 FOLDER = RESULTS / "scenarios"
 WORK = ROOT / "runs" / "scenarios"
@@ -320,24 +320,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     series = Series(config, folder.resolve(), tuple(options.changes), tuple(options.only))
-    before = signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
     try:
-        measure(series, options.seeds, options.results)
+        with ended_by_sigterm():
+            measure(series, options.seeds, options.results)
     except (RunFailedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; what is done is kept, and the same command goes on", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(f"== {time.monotonic() - started:.0f} s; write the table by: python docs/generate_scenarios.py", flush=True)
     return 0
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -58,15 +58,24 @@ def test_later_turns_have_states_of_their_own() -> None:
 
 
 def test_the_learner_is_told_of_the_magnet() -> None:
-    options = {"magnet": 0.2, "every": 7, "rate": 0.5, "proximal": 0.3}
+    options = {"magnet": 0.2, "every": 7, "rate": 0.5, "proximal": 0.3, "final_magnet": 0.1}
     credit = build_credit(CreditConfig(scheme="magnetic", options=options), TrainingMode.COMPETITIVE)
     assert isinstance(credit, Magnetised)
-    assert credit.magnet == Magnet(strength=0.2, proximal=0.3, every=7, rate=0.5)
+    assert credit.magnet == Magnet(strength=0.2, proximal=0.3, every=7, rate=0.5, final=0.1)
     other = build_credit(CreditConfig(scheme="group_relative"), TrainingMode.COMPETITIVE)
     assert not isinstance(other, Magnetised)
 
 
-@pytest.mark.parametrize("bad", [{"magnet": -1}, {"rate": 0}, {"rate": 2}, {"every": -1}, {"proximal": "inf"}])
+def test_a_magnets_weight_falls_geometrically_to_its_last() -> None:
+    falling = Magnet(strength=0.4, proximal=0.0, every=0, rate=1.0, final=0.1)
+    assert [falling.strength_at(done) for done in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.4, 0.2, 0.1, 0.1])
+    assert Magnet(strength=0.4, proximal=0.0, every=0, rate=1.0).strength_at(0.7) == 0.4
+    assert Magnet(strength=0.0, proximal=0.0, every=0, rate=1.0, final=0.1).strength_at(0.7) == 0.0
+
+
+@pytest.mark.parametrize(
+    "bad", [{"magnet": -1}, {"rate": 0}, {"rate": 2}, {"every": -1}, {"final_magnet": 0}, {"proximal": "inf"}]
+)
 def test_an_impossible_magnet_is_refused(bad: dict[str, object]) -> None:
     (name,) = bad
     with pytest.raises(ConfigError, match=name):

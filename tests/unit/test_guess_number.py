@@ -24,12 +24,12 @@ def number(hidden: int, guesses: int = 6) -> Any:
 
 def test_the_interval_narrows() -> None:
     outcome, table = play(guessing(players=1), number(7), answer=saying({"guesser": ["10", "3", "15", "8", "7"]}))
-    assert [seen.user for seen in table["guesser"].shown] == [
-        "Above 0, below 21.",
-        "Above 0, below 10.",
-        "Above 3, below 10.",
-        "Above 3, below 10.",  # 15 was known to be too high
-        "Above 3, below 8.",
+    assert [seen.prefix for seen in table["guesser"].shown] == [
+        "Between 0 and 21",
+        "Between 0 and 10",
+        "Between 3 and 10",
+        "Between 3 and 10",  # 15 was known to be too high
+        "Between 3 and 8",
     ]
     assert outcome.scores == {"guesser": pytest.approx(1 - 4 / 6)}
     assert outcome.metrics == pytest.approx({"solved": 1, "guesses": 5, "score": 1 - 4 / 6, "outside": 1})
@@ -48,7 +48,7 @@ def test_players_search_apart_or_together() -> None:
     assert apart.scores == pytest.approx({"guesser_1": 1 - 1 / 6, "guesser_2": 1})
     together, table = play(guessing(together=True), number(5), answer=saying(said))
     assert together.scores == pytest.approx({"guesser_1": 1 - 1 / 6, "guesser_2": 1 - 1 / 6})
-    assert [seen.user for seen in table["guesser_2"].shown] == ["Above 0, below 10."]
+    assert [seen.prefix for seen in table["guesser_2"].shown] == ["Between 0 and 10"]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -117,4 +117,4 @@ def test_seats_are_alike() -> None:
     scenario = guessing(players=3)
     assert [seat.symmetric_with for seat in scenario.seats(make_task())] == [None, "guesser_1", "guesser_1"]
     shown: Sequence[Observation] = [scenario.question(seat, (3, 9), "zh").shown for seat in scenario.players]
-    assert {seen.user for seen in shown} == {"大于2，小于10。"}
+    assert {seen.prefix for seen in shown} == {"大于2小于10："}

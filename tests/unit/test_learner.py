@@ -381,6 +381,30 @@ def test_a_magnet_follows_when_it_is_its_turn(tiny_base: BaseModel) -> None:
     assert stats.policies["low"].kl == 0
 
 
+def test_a_falling_magnet_pulls_with_the_weight_of_its_update(tiny_base: BaseModel) -> None:
+    _noisy(tiny_base)
+    episodes, advantages = _episodes()
+    nothing = Advantages({e: dict.fromkeys(seats, (0.0,)) for e, seats in advantages.values.items()})
+    batch = build_batch([m.model_id for m in MODELS], episodes, nothing, keep_zero=True)
+    norms = []
+    for magnet, update in [
+        (Magnet(strength=0.4, proximal=0.0, every=0, rate=1.0, final=0.1), 1),
+        (Magnet(strength=0.4, proximal=0.0, every=0, rate=1.0, final=0.1), 5),
+        (Magnet(strength=0.4, proximal=0.0, every=0, rate=1.0), 5),
+    ]:
+        learner = Learner(tiny_base, MODELS, LearnerConfig(), 5, magnet)
+        for kept in learner.anchors._magnets.values():  # away from the policies, so that it pulls
+            kept.flat.mul_(0.5)
+            kept.touch()
+        weights = {m.model_id: tiny_base.bank.training(m.model_id).flat.clone() for m in MODELS}
+        norms.append(learner.step(batch, update).policies["low"].grad_norm)
+        with torch.no_grad():
+            for model_id, flat in weights.items():
+                tiny_base.bank.training(model_id).flat.copy_(flat)
+    assert norms[0] == pytest.approx(norms[2], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0] / 4, rel=1e-4)
+
+
 def test_a_magnet_that_becomes_the_policy_is_the_policy_bit_by_bit(tiny_base: BaseModel) -> None:
     _noisy(tiny_base)
     learner = Learner(tiny_base, MODELS, LearnerConfig(), 4, Magnet(strength=0.1, proximal=0.0, every=1, rate=1.0))

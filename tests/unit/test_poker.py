@@ -158,21 +158,21 @@ def test_a_seat_that_takes_every_turn_uses_them_all() -> None:
 def test_kuhn_shows_the_own_card_and_all_moves_and_nothing_else() -> None:
     _, table = hand(kuhn(), (K, J), "pass", "bet", "bet")
     assert [seen.prefix for seen in table["first"].shown] == [
-        "My card is King. I",
-        "My card is King. I pass. You bet. I",
+        "With my King",
+        "I pass. You bet. With my King",
     ]
-    assert [seen.prefix for seen in table["second"].shown] == ["My card is Jack. You pass. I"]
+    assert [seen.prefix for seen in table["second"].shown] == ["You pass. With my Jack"]
     assert {seen.user for seat in table.seats for seen in table[seat].shown} == {"Pass or bet?"}
     chinese = kuhn().shown(1, View(Q, None, ("r",)), "zh")
-    assert chinese.prefix == "我的牌是中。你押。我"
+    assert chinese.prefix == "你押。我用中"
 
 
 def test_leduc_shows_the_public_card_when_it_is_there() -> None:
     _, table = hand(leduc(), (K, J, Q), "raise", "call", "check", "raise", "fold")
     assert table["first"].shown[-1].prefix == (
-        "My card is King. I raise. You call. The table card is Queen. I check. You raise. I"
+        "I raise. You call. The table card is Queen. I check. You raise. With my King"
     )
-    assert table["second"].shown[0].prefix == "My card is Jack. You raise. I"
+    assert table["second"].shown[0].prefix == "You raise. With my Jack"
     assert leduc().choices(View(K, None, ("cr",)), "en") == ("fold", "call", "raise")
     assert leduc().choices(View(K, Q, ("cc", "rr")), "en") == ("fold", "call")
     assert leduc().choices(View(K, Q, ("cc", "c")), "en") == ("check", "raise")
@@ -261,15 +261,13 @@ def test_scripts_play_what_they_are_named_after() -> None:
 
 
 def test_scripts_refuse_what_the_game_never_shows() -> None:
-    with pytest.raises(ScenarioError, match="kuhn never shows 'My card is Ace"):
-        kuhn().scripts["caller"](
-            Observation("Pass or bet?", prefix="My card is Ace. I"), ("pass", "bet"), random.Random(0)
-        )
+    with pytest.raises(ScenarioError, match="kuhn never shows 'With my Ace"):
+        kuhn().scripts["caller"](Observation("Pass or bet?", prefix="With my Ace"), ("pass", "bet"), random.Random(0))
 
 
 def test_a_task_without_content_is_dealt_by_the_table() -> None:
     shown = {play(kuhn(), make_task(max_steps=2), seed=seed)[1]["first"].shown[0].prefix for seed in range(20)}
-    assert shown == {f"My card is {card}. I" for card in ("Jack", "Queen", "King")}
+    assert shown == {f"With my {card}" for card in ("Jack", "Queen", "King")}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -44,6 +45,14 @@ class Magnet:
     """Updates between moves of the magnet; 0: it never moves."""
     rate: float
     """Share of the way to the policy's weights that a move goes, in (0, 1]."""
+    final: float | None = None
+    """`strength` at the last update, which it falls to geometrically; None: it stays."""
+
+    def strength_at(self, done: float) -> float:
+        """`strength` when the share `done` of all updates lies behind."""
+        if self.final is None or self.strength == 0.0:
+            return self.strength
+        return self.strength * math.exp(math.log(self.final / self.strength) * min(1.0, done))
 
 
 @runtime_checkable

@@ -24,10 +24,13 @@ episodes of a small game each prompt is computed once. Turns nobody else shares 
 siblings at their seat.
 
 When it fails: momentum carries a policy past the point where it should turn, and no magnet mends that; set
-`learner.betas = [0.0, 0.95]`, a low learning rate that falls (`learner.final_learning_rate`), or several passes with
-`proximal`, which acts from the second pass of an update on (`learner.passes`). A magnet that becomes the policy at once
-(`rate = 1`) remembers the noise of one update; going a part of the way averages over many. With a strong magnet
-policies stay near where they began, with none they cycle; in games of common interest the pull only slows learning.
+`learner.betas = [0.0, 0.999]`, a learning rate that falls (`learner.final_learning_rate`), or several passes with
+`proximal`, which acts from the second pass of an update on (`learner.passes`). A policy that saturates early, before
+the other one plays well, hardly comes back: begin with a strong magnet that stays where it is (`every = 0`) and let
+its weight fall (`final_magnet`); the policies then stay inside while the equilibrium of the pulled game moves towards
+that of the game itself. A magnet that becomes the policy at once (`rate = 1`) remembers the noise of one update; going
+a part of the way averages over many. With a strong magnet policies stay near where they began, with none they cycle;
+in games of common interest the pull only slows learning.
 
 `signal = "reward"` takes the game the mode makes of the scenario: competitive pays by rank, and poker played for rank
 has other equilibria than poker played for chips; `signal = "score"` takes the scenario's own payoffs.
@@ -59,6 +62,8 @@ class MagneticOptions(RelativeOptions):
     """What is earned: the reward the mode gives, or the scenario's own score in [0, 1], whatever the mode."""
     magnet: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight of KL(policy || magnet), in units of the signal per nat."""
+    final_magnet: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The weight at the last update, which it falls to geometrically; unset: it stays what it is."""
     every: int = Field(default=10, ge=0)
     """Updates between moves of the magnet; 0: it stays where it began."""
     rate: float = Field(default=0.3, gt=0, le=1)
@@ -75,7 +80,7 @@ class Magnetic:
 
     def __init__(self, options: MagneticOptions) -> None:
         self.options = options
-        self.magnet = Magnet(options.magnet, options.proximal, options.every, options.rate)
+        self.magnet = Magnet(options.magnet, options.proximal, options.every, options.rate, options.final_magnet)
 
     def advantages(self, episodes: Sequence[Episode]) -> Advantages:
         """Raises `ScenarioError` for a missing or non-finite score or reward, or an episode id used twice."""

@@ -39,10 +39,10 @@ Interval = tuple[int, int]
 _PROMPTS: Final = {
     "en": {
         "system": "Guess a number, 1 to {numbers}.",
-        "user": "Above {below}, below {above}.",
-        "prefix": "Guess:",
+        "user": "Which?",
+        "prefix": "Between {below} and {above}",
     },
-    "zh": {"system": "猜1到{numbers}中的一个数。", "user": "大于{below}，小于{above}。", "prefix": "猜："},
+    "zh": {"system": "猜1到{numbers}中的一个数。", "user": "哪个？", "prefix": "大于{below}小于{above}："},
 }
 
 
@@ -160,8 +160,8 @@ class GuessNumber:
         text = _PROMPTS[language]
         shown = Observation(
             system=text["system"].format(numbers=self.options.numbers),
-            user=text["user"].format(below=interval[0] - 1, above=interval[1] + 1),
-            prefix=text["prefix"],
+            user=text["user"],
+            prefix=text["prefix"].format(below=interval[0] - 1, above=interval[1] + 1),
         )
         return Question(seat, shown, tuple(str(number) for number in range(1, self.options.numbers + 1)))
 
@@ -237,7 +237,7 @@ def _middle(interval: Interval) -> int:
 
 def _halve(seen: Observation, choices: Sequence[str], rng: random.Random) -> str:
     """The middle of the interval shown."""
-    below, above = (int(number) for number in re.findall(r"\d+", seen.user))
+    below, above = (int(number) for number in re.findall(r"\d+", seen.prefix))
     return choices[_middle((below + 1, above - 1)) - 1]
 
 

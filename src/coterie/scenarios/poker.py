@@ -62,7 +62,7 @@ class Wording:
     system: str
     user: str
     card: str
-    """Begins a seat's own answer; {} is its card."""
+    """Ends what a seat is shown, just before its move; {} is its card."""
     public: str
     """Tells the public card, {}."""
     move: str
@@ -191,7 +191,7 @@ class Poker:
     def shown(self, player: int, view: View, language: str) -> Observation:
         """What a player sees when it is to move at `view`; the two seats differ only in who did what."""
         told = self.wordings[language]
-        parts = [told.card.format(told.ranks[view.card])]
+        parts: list[str] = []
         for number, moves in enumerate(view.rounds):
             if number > 0:
                 assert view.public is not None
@@ -199,7 +199,8 @@ class Poker:
             for turn, move in enumerate(moves):
                 who = told.own if turn % 2 == player else told.other
                 parts.append(told.move.format(who=who, what=told.moves[facing(moves[:turn]), move]))
-        return Observation(system=told.system, user=told.user, prefix="".join(parts) + told.own)
+        parts.append(told.card.format(told.ranks[view.card]))
+        return Observation(system=told.system, user=told.user, prefix="".join(parts))
 
     def choices(self, view: View, language: str) -> tuple[str, ...]:
         """The words for the legal moves at `view`, in the order of the rules."""
@@ -247,7 +248,7 @@ class Poker:
 _KUHN_EN: Final = Wording(
     system="Cards: Jack, Queen, King. The higher card wins.",
     user="Pass or bet?",
-    card="My card is {}. ",
+    card="With my {}",
     public="",
     move="{who} {what}. ",
     own="I",
@@ -258,7 +259,7 @@ _KUHN_EN: Final = Wording(
 _KUHN_ZH: Final = Wording(
     system="牌有小、中、大，大者胜。",
     user="过还是押？",
-    card="我的牌是{}。",
+    card="我用{}",
     public="",
     move="{who}{what}。",
     own="我",
@@ -326,7 +327,7 @@ def kuhn_equilibrium(bluff: float) -> tuple[dict[View, tuple[float, float]], dic
 _LEDUC_EN: Final = Wording(
     system="Cards: two Jacks, two Queens, two Kings. A pair with the table card wins, else the higher card.",
     user="Fold, check, call or raise?",
-    card="My card is {}. ",
+    card="With my {}",
     public="The table card is {}. ",
     move="{who} {what}. ",
     own="I",
@@ -340,7 +341,7 @@ _LEDUC_EN: Final = Wording(
 _LEDUC_ZH: Final = Wording(
     system="小、中、大各两张。与公共牌成对者胜，否则大者胜。",
     user="弃、过、跟还是加？",
-    card="我的牌是{}。",
+    card="我用{}",
     public="公共牌是{}。",
     move="{who}{what}。",
     own="我",

@@ -53,6 +53,7 @@ class Anchors:
         """
         self.base, self.kl_coefficient, self.passes = base, kl_coefficient, passes
         self.magnet = magnet or Magnet(strength=0.0, proximal=0.0, every=0, rate=1.0)
+        self._strength = self.magnet.strength
         self._magnets: dict[ModelId, Adapter] = {}
         self._kept: dict[int, tuple[Anchor, ...]] = {}
         """Anchors of each pass over a part of the update's tokens, from the first time they were computed."""
@@ -70,6 +71,10 @@ class Anchors:
         self._magnets.pop(model_id, None)
 
     # -- one update ---------------------------------------------------------------------------------------------
+
+    def weigh(self, done: float) -> None:
+        """Give the magnets the weight they have when the share `done` of all updates lies behind."""
+        self._strength = self.magnet.strength_at(done)
 
     def begin(self) -> None:
         """Forget what the last update computed."""
@@ -99,7 +104,7 @@ class Anchors:
             yield Anchor("kl", self.kl_coefficient, self.base.hidden(ids, positions, plan, []))
         if self.magnet.strength > 0:
             routed = [(self._magnets[model_id], start, end) for model_id, start, end in segments]
-            yield Anchor("magnet_kl", self.magnet.strength, self.base.hidden(ids, positions, plan, routed))
+            yield Anchor("magnet_kl", self._strength, self.base.hidden(ids, positions, plan, routed))
 
     def passed(self, part: int, hidden: Tensor) -> None:
         """Keep what the policies computed in the first pass over `part`: they are held near it in the next ones."""

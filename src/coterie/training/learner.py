@@ -74,6 +74,7 @@ class Learner:
     def step(self, batch: Batch, update: int) -> LearnerStats:
         """One update (of `config.passes` optimizer steps) of every policy that has terms; `update` counts from 1."""
         stats = LearnerStats({model_id: StepStats() for model_id in batch.policies})
+        self.anchors.weigh((update - 1) / max(1, self.updates - 1))
         stats.naive_tokens = sum(len(tokens) for _, tokens in batch.sequences)
         for number in range(self.config.passes):
             self.backward(batch, stats, first=number == 0)
