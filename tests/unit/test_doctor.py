@@ -343,6 +343,7 @@ def test_the_traps_of_vllms_cpu_build_are_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(servers._Look, "_get", get)
     found = ask(FakeServer(seed=1), adapters=6)
     assert "--no-enable-chunked-prefill" in named(found, "cpu_build").mend
+    assert "--max-loras above" in named(found, "cpu_build").mend
     assert "prompt_logprobs under an adapter" in named(found, "cpu_build").message
     assert named(found, "block_size").facts["block_size"] == 128
     assert named(found, "adapters").level is Level.WARNING

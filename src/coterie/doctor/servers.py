@@ -137,16 +137,20 @@ class _Look:
         return list(names)
 
     def _build(self, metrics: str) -> None:
-        """vLLM's CPU build gives itself away by the memory it is told to take for its cache. It has three traps."""
+        """vLLM's CPU build gives itself away by the memory it is told to take for its cache. It has four traps."""
         line = next((line for line in metrics.splitlines() if line.startswith("vllm:cache_config_info{")), "")
         settings = dict(re.findall(r'[{,](\w+)="([^"]*)"', line))
         if not settings.get("kv_cache_memory_bytes", "None").isdecimal():
             return
         text = (
             "if it is vLLM's CPU build, a request with a seed whose prompt it computes in parts kills it, and so does "
-            "prompt_logprobs under an adapter beside another request (Coterie asks for none)"
+            "prompt_logprobs under an adapter beside another request (Coterie asks for none); and once all its "
+            "--max-loras slots are taken, it answers the base's requests beside others with the adapter in the last one"
         )
-        mend = "start it with --no-enable-chunked-prefill (coterie serve --backend vllm --vllm-arg …)"
+        mend = (
+            "start it with --no-enable-chunked-prefill (coterie serve --backend vllm --vllm-arg …), and --max-loras "
+            "above the number of adapters loaded at once"
+        )
         self._say("cpu_build", Level.NOTE, text, mend)
         block = settings.get("block_size", "")
         if block.isdecimal() and int(block) >= 64:
