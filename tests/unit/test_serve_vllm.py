@@ -149,6 +149,7 @@ def test_a_build_for_cpu_computes_whole_prompts(tmp_path: Path, said: str, cpu: 
     python.chmod(0o755)
     assert on_cpu(str(python)) is cpu
     assert ("--no-enable-chunked-prefill" in command(cpu=cpu).argv) is cpu
+    assert flag(command(cpu=cpu), "--max-loras") == ("12" if cpu else "6")
 
 
 def test_this_interpreter_has_no_build_for_cpu() -> None:

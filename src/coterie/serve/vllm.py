@@ -111,12 +111,14 @@ def build_command(
     Args:
         model: local directory or hub id.
         max_loras: adapters active in one batch; policies * (staleness + 2) is enough.
-        cpu: whether it is a build for CPU; see `on_cpu`.
+        cpu: whether it is a build for CPU; see `on_cpu`. It gets twice the slots: with an adapter in the last one, that
+            build answers requests to the base, when they share a batch with others, with that adapter.
         extra: more of vLLM's own flags, put last so that they win.
     """
     argv = [python, "-m", MODULE, "--model", model, "--served-model-name", settings.model]
     argv += ["--host", host, "--port", str(port)]
-    argv += ["--enable-lora", "--max-loras", str(max_loras), "--max-lora-rank", str(_rank(settings.max_lora_rank))]
+    slots = 2 * max_loras if cpu else max_loras
+    argv += ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(_rank(settings.max_lora_rank))]
     argv += ["--logprobs-mode", "processed_logprobs", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     if cpu:
         argv.append("--no-enable-chunked-prefill")
