@@ -46,7 +46,7 @@ METHOD = """## How it was measured
   defaults (bfloat16 autocast, gradient checkpointing, 8 sequences a pass), once tuned: in the dtype this processor
   multiplies fast, without checkpointing, with more sequences a pass. The reward is the share of even token ids, so that
   advantages are not zero; Coterie plays the same as a scenario. What runs in a dtype that is slow here is measured
-  once, and claims are held against the faster.
+  once, as is vLLM with adapters; claims are held against the faster.
 - `transformers.generate`, PEFT's mixed adapters (`adapter_names=`) and vLLM give no log-probabilities here; Coterie's
   include them, and the entropy. vLLM runs as a library, without HTTP, and no repetition repeats a prompt.
 - Overhead per turn is an update without the model: an engine answers all episodes that wait at once, and its own time
