@@ -161,6 +161,6 @@ $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready: %/.ready: | %/.created
 $(OASIS_VENV)/.ready: constraints-oasis.txt constraints-camel.txt pyproject.toml | $(OASIS_VENV)/.created
 	@echo "==> Coterie with OASIS in $(@D) (minutes)"
 	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-oasis.txt torch
-	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-oasis.txt -e '.[oasis]' pytest
+	@$(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints-oasis.txt -e '.[oasis]' pytest hypothesis
 	@$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps camel-oasis==0.2.5
 	@touch $@
