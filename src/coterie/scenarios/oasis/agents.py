@@ -58,6 +58,8 @@ class ChattingUser(SocialAgent):  # type: ignore[misc]  # camel-oasis is an extr
             available_actions=[ActionType(tool) for tool in tools],
             max_iteration=1,
         )
+        # OASIS has each call's model drawn, by the global generator, even where there is only one
+        self.model_backend.scheduling_strategy = self.model_backend.round_robin
         self.calls: list[Call] = []
         self.look: Feed | None = None
         """How it is shown its feed; given by its simulation."""
