@@ -109,20 +109,23 @@ def test_what_happens_stands_in_the_tables_and_is_read_from_them() -> None:
 
 
 def test_liked_posts_are_recommended_longer() -> None:
-    async def seen(liked: bool) -> set[int]:
+    async def seen(hours: int, likers: Sequence[int]) -> set[int]:
+        """What is recommended once two more posts are out, `hours` rounds of an hour after the first three."""
         async with simulation(users=4, recommended=2, shown=2, minutes=60.0) as world:
             for agent in range(3):
                 await world.publish(agent, f"Post of {agent}.")
-            for _ in range(3):
+            await world.act({3: Act("", "nothing", {}), **{a: Act("", "like", {"post_id": 1}) for a in likers}})
+            for _ in range(hours - 1):
                 await world.act(acts(a3=("nothing", {})))
-            if liked:
-                await world.act(acts(a1=("like", {"post_id": 1}), a2=("like", {"post_id": 1})))
             for agent in (1, 2):
                 await world.publish(agent, f"News of {agent}.")
             return {post.post_id for post in (await world.feeds())[3]}
 
-    assert run(seen(liked=False)) == {4, 5}
-    assert 1 in run(seen(liked=True))
+    # two likes are worth log10(2) * 45,000 s = 3.76 hours, one or none nothing
+    assert run(seen(3, [])) == {4, 5}
+    assert run(seen(3, [1])) == {4, 5}
+    assert 1 in run(seen(3, [1, 2]))
+    assert run(seen(4, [1, 2])) == {4, 5}
 
 
 @pytest.mark.parametrize("recommender", ["reddit", "random"])
