@@ -42,6 +42,9 @@ SMALL = {
     "actions": ["like", "repost", "comment", "follow", "post", "nothing"],
 }
 
+CONTESTED = {"rounds": 3, "actions": ["like", "repost", "nothing"], "recommended": 4, "shown": 2}
+"""More posts than places: where every post has a place, four agents have nothing to decide, and nothing to learn."""
+
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -268,7 +271,7 @@ def test_what_happens_on_the_platform_trains_the_models(acting: str, tiny_path: 
         "updates": 2,
         "base": {"model": str(tiny_path), "threads": 1},
         "models": [{"model_id": name, "team_id": name, "lora_rank": 2} for name in ("red", "blue")],
-        "scenario": {"id": "oasis", "options": {"groups": groups, "rounds": 3, "acting": acting}},
+        "scenario": {"id": "oasis", "options": {**CONTESTED, "groups": groups, "acting": acting}},
         "rollout": {"tasks_per_update": 1, "group_size": 4},
         "engine": {"calibration_tasks": 4},
         "evaluation": {"tasks": 1},

@@ -117,7 +117,8 @@ class CampaignOptions(ScenarioOptions):
     recommender: Literal["reddit", "random"] = "reddit"
     """OASIS' recommender: by likes and age, or at random. The others need downloads."""
     recommended: int = Field(default=10, ge=1, le=100)
-    """Posts the recommender picks out for each agent a round (max_rec_post_len)."""
+    """Posts the recommender picks out for each agent a round (max_rec_post_len). While there are no more posts than
+    that, it shows them all alike, and likes decide nothing."""
     shown: int = Field(default=3, ge=1, le=50)
     """Posts of those that an agent is shown (refresh_rec_post_count)."""
     following: int = Field(default=0, ge=0, le=50)
