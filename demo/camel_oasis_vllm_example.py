@@ -41,8 +41,14 @@ from coterie.scenarios.oasis.loading import require
 from coterie.scenarios.practice import PracticeTable
 from coterie.types import Split
 
-CAMPAIGN = {"groups": [{"name": "red", "agents": 2}, {"name": "blue", "agents": 2}], "rounds": 3}
-"""Two camps of two on a social platform; each wants its posts to be seen."""
+CAMPAIGN = {
+    "groups": [{"name": "red", "agents": 2}, {"name": "blue", "agents": 2}],
+    "rounds": 3,
+    "actions": ["like", "repost", "nothing"],
+    "recommended": 4,
+    "shown": 2,
+}
+"""Two camps of two on a social platform; each wants its posts to be seen, and there are more posts than places."""
 TASK = "Plan a picnic for three people in one sentence."
 PERSONAS = {
     "planner": "You plan things. Answer in one short sentence.",
@@ -200,7 +206,12 @@ async def agents_on_oasis(asked: argparse.Namespace, model: str) -> None:
     from coterie.scenarios.adapters.oasis import simulate
     from coterie.scenarios.oasis.campaign import CampaignOptions
 
-    config = {"tool_choice": "required", "max_completion_tokens": 48, "temperature": 1.0}
+    config = {
+        "tool_choice": "required",
+        "parallel_tool_calls": False,  # one action a round
+        "max_completion_tokens": 128,  # bound to a grammar, a model spells a call in more tokens than a tokenizer would
+        "temperature": 1.0,
+    }
     backends = {
         camp: CoterieModelBackend(model, config, servers=asked.url, tokenizer=asked.tokenizer, context=asked.context)
         for camp in ("red", "blue")

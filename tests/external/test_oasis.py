@@ -303,6 +303,9 @@ def test_an_untrained_group_is_played_by_the_base(tiny_path: Path, tmp_path: Pat
 # -- models on servers ------------------------------------------------------------------------------------------------
 
 
+ONE_CALL = {"tool_choice": "required", "parallel_tool_calls": False}
+
+
 def served_campaign(url: str, api_key: str | None) -> None:
     from coterie.inference.camel import CoterieModelBackend
 
@@ -310,7 +313,7 @@ def served_campaign(url: str, api_key: str | None) -> None:
     options = CampaignOptions.model_validate({"groups": groups, "rounds": 2, "actions": ["like", "repost", "nothing"]})
     backends = {
         name: CoterieModelBackend(
-            SERVED, {"tool_choice": "required", "max_completion_tokens": 48, "temperature": 1.0, "seed": number},
+            SERVED, {**ONE_CALL, "max_completion_tokens": 128, "temperature": 1.0, "seed": number},
             servers=url, api_key=api_key, context=2048,
         )
         for number, name in enumerate(("red", "blue"))
@@ -322,9 +325,11 @@ def served_campaign(url: str, api_key: str | None) -> None:
         for backend in backends.values():
             backend.close()
     assert {name: len(calls) for name, calls in captured.items()} == {"red": 4, "blue": 2}
-    assert len(campaign.calls) >= 6
-    assert campaign.metrics()["valid_calls"] == 1.0
-    for call in (*captured["red"], *captured["blue"]):
+    assert len(campaign.calls) == 6
+    answers = [*captured["red"], *captured["blue"]]
+    told = [(len(answer.token_ids), answer.reply.finish_reason, answer.text) for answer in answers]
+    assert campaign.metrics()["valid_calls"] == 1.0, told
+    for call in answers:
         assert len(call.token_ids) == len(call.logprobs) > 0
         assert [message["role"] for message in call.request.messages] == ["system", "user"]  # nothing of last round
 
@@ -333,7 +338,7 @@ def served_campaign(url: str, api_key: str | None) -> None:
 def fake() -> Iterator[str]:
     """Url of a fake server in a thread of its own."""
     thread = LoopThread("fake")
-    server = FakeServer(seed=4)
+    server = FakeServer(model=SERVED, seed=4)
     thread.run(server.__aenter__())
     yield server.url
     thread.run(server.close())

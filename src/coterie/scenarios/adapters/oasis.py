@@ -171,7 +171,9 @@ async def simulate(
     Args:
         models: group name -> the CAMEL model of its agents, for example a `CoterieModelBackend`, whose calls are then
             captured. Servers must be able to call tools; ``tool_choice = "required"`` in the model's settings makes
-            small models do it.
+            small models do it, ``parallel_tool_calls = False`` keeps them at one action a round, and 128 tokens are
+            enough for it: a call that is cut off is no valid call, and under a grammar models spell it in more tokens
+            than a tokenizer would.
 
     Returns:
         The finished campaign: `metrics()`, `history`, `scores()`, `calls`.
