@@ -1,4 +1,4 @@
-"""What a call costs the process that makes it: CPU milliseconds through our HTTP tier and through other clients.
+"""What a call costs the process that makes it: CPU milliseconds through our tiers and through other clients.
 
     python benchmarks/client_cost.py                        results go to benchmarks/results/client_cost.json
     python benchmarks/client_cost.py --rounds 2 --calls 64 --results DIR     a trial
@@ -37,7 +37,7 @@ RUNNER = ROOT / "benchmarks" / "peers" / "client_calls.py"
 ENVIRONMENTS = ROOT / "build" / "bench-envs"
 TEXT = "You hold the blue card. Your partner saw a triangle. Which door do you open, and why? " * 2
 MAX_TOKENS = 8
-GOAL_MS = {"coterie": 0.25, "coterie-chat": 0.25}
+GOAL_MS = {"coterie": 0.25, "coterie-chat": 0.25, "coterie-camel": 1.0}
 """The most a call should cost, in CPU ms."""
 
 
@@ -51,9 +51,12 @@ class Client:
     packages: tuple[str, ...] = ()
 
 
+CAMEL = ("-c", str(ROOT / "constraints-camel.txt"), "-e", f"{ROOT}[camel]")
 CLIENTS = (
     Client("coterie", "Coterie, /completions"),
     Client("coterie-chat", "Coterie, /chat/completions"),
+    Client("coterie-camel", "Coterie through CAMEL, /chat/completions", "camel", CAMEL),
+    Client("camel", "CAMEL's own model for vLLM, /chat/completions", "camel", CAMEL),
     Client("aiohttp", "aiohttp alone, /completions"),
     Client("openai", "openai package (httpx), /completions", "openai", ("openai==3.54.0",)),
     Client("openai-chat", "openai package (httpx), /chat/completions", "openai", ("openai==3.54.0",)),

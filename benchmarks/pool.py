@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import write_servers
 from claims import _cpu as cpu_name
 from keeping import replace_file
 from pool_systems import LiteLLM, Ours, PeerError, Plain, System, VllmRouter, Workload, install
@@ -134,25 +135,6 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     replace_file(path, json.dumps(results, indent=1) + "\n")
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """A row per system: makespan over the fluid limit, mean and worst seed; lost calls; latencies."""
-    lines = [
-        "| system | makespan / fluid limit, mean | worst seed | lost calls | median latency, s | 99 %, s |",
-        "|---|---|---|---|---|---|",
-    ]
-    named: dict[str, list[Mapping[str, Any]]] = {}
-    for run in results["runs"]:
-        named.setdefault(run["system"], []).append(run)
-    for name, runs in sorted(named.items(), key=lambda item: statistics.fmean(r["ratio"] for r in item[1])):
-        ratios = [run["ratio"] for run in runs]
-        p50, p99 = (statistics.fmean(run[key] for run in runs) for key in ("p50_s", "p99_s"))
-        lost = sum(run["lost"] for run in runs)
-        lines.append(
-            f"| {name} | {statistics.fmean(ratios):.2f} | {max(ratios):.2f} | {lost} | {p50:.2f} | {p99:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 async def measure_all(chosen: Sequence[System], seeds: Sequence[int], path: Path, again: bool) -> None:
     """Measure what is not measured yet. Seeds are the outer loop: a slow minute of the machine falls on everybody."""
     await install(ENVIRONMENTS)
@@ -185,7 +167,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.table:
-        print(table(read(options.results)))
+        print(write_servers.pool(read(options.results)))
         return 0
     chosen = [system for system in systems() if options.only.lower() in system.name.lower()]
     if not chosen:
@@ -199,7 +181,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; what is measured is kept", file=sys.stderr)
         return 130
-    print(table(read(options.results)))
+    print(write_servers.pool(read(options.results)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write docs/performance.md from what `bench.py` measured.
+"""Write docs/performance.md from what `bench.py`, `pool.py` and `client_cost.py` measured.
 
 Every number on the page comes from the results, the verdicts too. `--check` writes nothing and fails when the page is
 not what the results say.
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import write_servers
 from bench_envs import ROOT
 from bench_read import Measured, SuiteResult, Verdict, parts, slope, table
 
@@ -23,10 +24,10 @@ ROLLOUT, LEARNING = "rollout", "learning"
 
 HEAD = """# Performance
 
-<!-- made by benchmarks/write_performance.py from benchmarks/results/bench.json; measure again, do not edit -->
+<!-- made by benchmarks/write_performance.py from files in benchmarks/results; measure again, do not edit -->
 
-How fast Coterie is beside what one would pick instead, and beside what the processor can do. `make bench` measures all
-of this on your machine; `coterie bench CONFIG` measures a run of your own.
+How fast Coterie is beside what one would pick instead, and beside what the processor can do. `make bench` measures it
+on your machine (servers: `benchmarks/pool.py` and `client_cost.py`); `coterie bench CONFIG` measures a run of your own.
 
 A **limit** is the time that the multiplications of the *distinct* tokens take at the rate at which large matrices
 multiply on the same cores in the same minute. Distinct tokens are the nodes of the prefix tree of (policy, tokens): a
@@ -58,7 +59,9 @@ METHOD = """## How it was measured
 class Page:
     """The page, built from results."""
 
-    def __init__(self, results: Mapping[str, Any]) -> None:
+    def __init__(self, results: Mapping[str, Any], folder: Path) -> None:
+        """`results` of bench.py; `folder` has what was measured of servers, see `write_servers`."""
+        self.folder = folder
         self.results = {name: SuiteResult(data) for name, data in results.items()}
 
     def text(self) -> str:
@@ -71,6 +74,7 @@ class Page:
             self.policies(),
             self.memory(),
             self.episodes(),
+            *write_servers.sections(self.folder),
             self.method(),
         ]
         return "\n".join(section.strip() + "\n" for section in sections)
@@ -358,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if quick and options.output == PAGE:
         print(f"error: {', '.join(quick)} were measured with --quick; such numbers mean nothing", file=sys.stderr)
         return 1
-    text = Page(results).text()
+    text = Page(results, options.results.parent).text()
     if options.check:
         same = options.output.is_file() and options.output.read_text(encoding="utf-8") == text
         if not same:

@@ -30,12 +30,20 @@ EXTRA = {"return_token_ids": True, "return_tokens_as_token_ids": True, "top_k": 
 
 
 @asynccontextmanager
-async def coterie_http(spec: Spec, chat: bool = False) -> AsyncIterator[Ask]:
-    """Our HTTP tier, aiohttp underneath."""
-    from coterie.inference.http import HttpTransport
+async def coterie_tier(spec: Spec, chat: bool = False, camel: bool = False) -> AsyncIterator[Ask]:
+    """Our HTTP tier, aiohttp underneath, or our CAMEL tier: a model object of CAMEL's for every call."""
     from coterie.inference.wire import WireRequest, server_spec
 
-    transport, server = HttpTransport(), server_spec(spec["url"])
+    transport: Any
+    if camel:
+        from coterie.inference.camel import CamelTransport
+
+        transport = CamelTransport()
+    else:
+        from coterie.inference.http import HttpTransport
+
+        transport = HttpTransport()
+    server = server_spec(spec["url"])
     prompt: dict[str, Any] = (
         {"messages": ({"role": "user", "content": spec["text"]},)} if chat else {"prompt_ids": tuple(spec["prompt"])}
     )
@@ -93,9 +101,36 @@ async def openai_package(spec: Spec, chat: bool = False) -> AsyncIterator[Ask]:
         yield converse if chat else complete
 
 
+@asynccontextmanager
+async def camel_model(spec: Spec) -> AsyncIterator[Ask]:
+    """A model of CAMEL's for vLLM as it comes, the openai package underneath."""
+    from camel.models import ModelFactory
+    from camel.types import ModelPlatformType
+
+    from coterie.inference.camel import CoterieTokenCounter
+    from coterie.inference.counting import ByteCounter
+
+    settings = {
+        "temperature": 1.0, "top_p": 1.0, "max_tokens": spec["max_tokens"], "logprobs": True, "extra_body": EXTRA,
+    }  # fmt: skip
+    model = ModelFactory.create(
+        model_platform=ModelPlatformType.VLLM, model_type=spec["model"], model_config_dict=settings, api_key="none",
+        token_counter=CoterieTokenCounter(ByteCounter()), url=spec["url"], max_retries=0, timeout=60,
+    )  # fmt: skip
+
+    async def ask(seed: int) -> tuple[Any, Any, Any]:
+        answer: Any = await model.arun([{"role": "user", "content": spec["text"]}])
+        choice = answer.choices[0]
+        return answer.prompt_token_ids, choice.token_ids, [entry.logprob for entry in choice.logprobs.content]
+
+    yield ask
+
+
 CLIENTS: dict[str, Callable[[Spec], Any]] = {
-    "coterie": coterie_http,
-    "coterie-chat": lambda spec: coterie_http(spec, chat=True),
+    "coterie": coterie_tier,
+    "coterie-chat": lambda spec: coterie_tier(spec, chat=True),
+    "coterie-camel": lambda spec: coterie_tier(spec, chat=True, camel=True),
+    "camel": camel_model,
     "aiohttp": aiohttp_alone,
     "openai": openai_package,
     "openai-chat": lambda spec: openai_package(spec, chat=True),

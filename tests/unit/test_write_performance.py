@@ -59,8 +59,8 @@ def section(text: str, title: str) -> str:
     return found[0]
 
 
-def written(results: dict[str, Any]) -> str:
-    text: str = page.Page(results).text()
+def written(results: dict[str, Any], folder: Path = Path("nowhere")) -> str:
+    text: str = page.Page(results, folder).text()
     return text
 
 
@@ -228,3 +228,49 @@ def test_the_page_in_the_repository_is_what_the_results_say() -> None:
     if not page.RESULTS.is_file():
         pytest.skip("nothing was measured yet")
     assert page.main(["--check"]) == 0
+
+
+def pool_run(system: str, seed: int, ratio: float, lost: int = 0) -> dict[str, Any]:
+    return {
+        "system": system,
+        "seed": seed,
+        "ratio": ratio,
+        "lost": lost,
+        "failed_attempts": 3,
+        "p50_s": 0.5,
+        "p99_s": 1,
+    }
+
+
+def test_servers_are_on_the_page_with_what_is_aimed_at(tmp_path: Path) -> None:
+    assert section(written({}), "Several servers").endswith("`python benchmarks/pool.py` does it.*\n")
+    setting = {"servers": 4, "slots": 8, "slow_factor": 4.0, "calls": 2000, "at_once": 256}
+    runs = [
+        pool_run("Other", 0, 1.4, lost=2), pool_run("Other", 1, 1.6), pool_run("Slow", 0, 3.0),
+        pool_run("Coterie, power_of_two", 0, 1.1), pool_run("Coterie, power_of_two", 1, 1.2),
+    ]  # fmt: skip
+    found = {"setting": setting, "machine": MACHINE, "runs": runs}
+    (tmp_path / "pool.json").write_text(json.dumps(found))
+    pool = section(written({}, tmp_path), "Several servers")
+    assert [line.split("|")[1].strip() for line in pool.splitlines() if line.startswith("| ")][2:] == [
+        "Coterie, power_of_two", "Other", "Slow",
+    ]  # fmt: skip
+    assert "| Other | 1.50 (1.40 to 1.60) | 2 | 6 | 0.50 | 1.00 |" in pool
+    assert "- **not reached**: Coterie, power_of_two, time by the fluid limit, worst seed: 1.20 times" in pool
+    assert "- reached: ahead of the next, Other, whatever our policy: 1.30 times" in pool
+    assert "- reached: calls lost by Coterie: 0.00" in pool
+
+
+def test_clients_are_on_the_page_with_what_a_call_costs(tmp_path: Path) -> None:
+    cost = [
+        {"concurrency": n, "cpu_ms": {"median": ms, "low": ms - 0.01, "high": ms + 0.01}, "calls_per_second": 1e3}
+        for n, ms in ((64, 0.2), (256, 0.3))
+    ]
+    mine = {"title": "Ours", "versions": {"python": "3.11", "coterie": "1.0"}, "goal_cpu_ms": 0.25, "runs": cost}
+    other = {"title": "Theirs", "versions": {"openai": "3.0"}, "goal_cpu_ms": None, "runs": cost}
+    found = {"machine": MACHINE, "prompt_characters": 90, "max_tokens": 8, "rounds": 9, "calls": 512}
+    (tmp_path / "client_cost.json").write_text(json.dumps({**found, "clients": [mine, other]}))
+    clients = section(written({}, tmp_path), "What a call costs")
+    assert "| Ours | coterie 1.0 | 64 | 0.20 (0.19 to 0.21) | 1000 |" in clients
+    assert "- **not reached**: Ours, CPU a call: 0.30 ms (aimed at: at most 0.25)" in clients
+    assert clients.count("aimed at") == 1
