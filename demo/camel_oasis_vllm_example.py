@@ -47,8 +47,9 @@ CAMPAIGN = {
     "actions": ["like", "repost", "nothing"],
     "recommended": 4,
     "shown": 2,
+    "weights": {"reach": 1.0, "reposts": 1.0},
 }
-"""Two camps of two on a social platform; each wants its posts to be seen, and there are more posts than places."""
+"""Two camps of two on a social platform; each wants its posts seen and passed on, and there are more than places."""
 TASK = "Plan a picnic for three people in one sentence."
 PERSONAS = {
     "planner": "You plan things. Answer in one short sentence.",

@@ -42,8 +42,12 @@ SMALL = {
     "actions": ["like", "repost", "comment", "follow", "post", "nothing"],
 }
 
-CONTESTED = {"rounds": 3, "actions": ["like", "repost", "nothing"], "recommended": 4, "shown": 2}
-"""More posts than places: where every post has a place, four agents have nothing to decide, and nothing to learn."""
+CONTESTED = {
+    "rounds": 3, "actions": ["like", "repost", "nothing"], "recommended": 4, "shown": 2,
+    "weights": {"reach": 1.0, "reposts": 1.0},
+}  # fmt: skip
+"""More posts than places, and reposts that count by themselves. Where every post has a place, or reach alone counts in
+so few rounds, episodes of a task often end alike, and there is nothing to learn from them."""
 
 
 @pytest.fixture(autouse=True)
