@@ -41,7 +41,7 @@ from coterie.scenarios.oasis.loading import require
 from coterie.scenarios.practice import PracticeTable
 from coterie.types import Split
 
-CAMPAIGN = {
+CAMPAIGN: dict[str, Any] = {
     "groups": [{"name": "red", "agents": 2}, {"name": "blue", "agents": 2}],
     "rounds": 3,
     "actions": ["like", "repost", "nothing"],
