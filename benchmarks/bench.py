@@ -21,7 +21,7 @@ import fnmatch
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +31,7 @@ from bench_envs import FOLDER, ROOT, InstallError, ensure
 from bench_peers import Peer, PeerError
 from bench_suites import FULL, NAMES, QUICK, Runner, Suite, material_spec, suites
 from claims import machine
-from keeping import ended_by_sigterm, replace_file
+from keeping import ended_by_sigterm, write_json
 from write_performance import PAGE, RESULTS
 
 QUICK_RESULTS = FOLDER.parent / "bench-quick.json"
@@ -146,11 +146,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def write(path: Path, data: Mapping[str, Any]) -> None:
-    """Replace `path` as a whole."""
-    replace_file(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
 def measure(chosen: Sequence[str], options: argparse.Namespace) -> list[str]:
     """Measure the suites, keeping each round; returns what could not be measured, a line each."""
     sizes = QUICK if options.quick else FULL
@@ -180,10 +175,10 @@ def measure(chosen: Sequence[str], options: argparse.Namespace) -> list[str]:
                     say(f"-- round {number + 1} of {run.repeats}")
                     run.round(number)
                     kept[suite.name] = {**run.result(), "machine": facts, "quick": options.quick}
-                    write(options.results, kept)
+                    write_json(options.results, kept)
                 run.profile()
                 kept[suite.name] = {**run.result(), "machine": facts, "quick": options.quick}
-                write(options.results, kept)
+                write_json(options.results, kept)
                 problems += [f"{suite.name}: {name}: {why}" for name, why in run.failed.items()]
     finally:
         rates.stop()

@@ -30,6 +30,7 @@ from typing import Any
 
 from claims import machine
 from claims_file import RESULTS, ROOT
+from keeping import write_json
 
 from coterie.inference.fake import ByteTokenizer, FakeProcess
 
@@ -206,8 +207,7 @@ def main() -> int:
     if options.only and options.results == RESULTS:
         print("not kept: only some clients were measured (give --results DIR to keep it there)")
         return 0
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "client_cost.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(options.results / "client_cost.json", found)
     return 0
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from coterie.runs.sinks import write_atomically
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Put `text` (UTF-8) in the place of `path` as a whole; missing folders are made."""
+    """Put `text` in the place of `path` as a whole; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, text)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Put `data` in the place of `path` as a whole. Raises `ValueError` for numbers JSON does not have."""
+    replace_file(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager

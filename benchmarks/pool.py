@@ -29,7 +29,7 @@ from typing import Any
 
 import write_servers
 from claims import _cpu as cpu_name
-from keeping import replace_file
+from keeping import write_json
 from pool_systems import LiteLLM, Ours, PeerError, Plain, System, VllmRouter, Workload, install
 
 from coterie.inference.fake import FakeProcess
@@ -130,11 +130,6 @@ def read(path: Path) -> dict[str, Any]:
     return {"setting": SETTING, "runs": []}
 
 
-def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Replace `path` as a whole."""
-    replace_file(path, json.dumps(results, indent=1) + "\n")
-
-
 async def measure_all(chosen: Sequence[System], seeds: Sequence[int], path: Path, again: bool) -> None:
     """Measure what is not measured yet. Seeds are the outer loop: a slow minute of the machine falls on everybody."""
     await install(ENVIRONMENTS)
@@ -153,7 +148,7 @@ async def measure_all(chosen: Sequence[System], seeds: Sequence[int], path: Path
             run = await measure(system, seed)
             others = [r for r in results["runs"] if (r["system"], r["seed"]) != key]
             results["runs"] = [*others, run]
-            write(path, results)
+            write_json(path, results)
             print(f"{system.name}, seed {seed}: {run['makespan_s']} s, {run['ratio']} of the fluid limit", flush=True)
 
 
