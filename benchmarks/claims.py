@@ -63,8 +63,11 @@ class Variant:
 
 def variants(claim: str, modes: Sequence[str], levels: Sequence[float]) -> list[Variant]:
     """What is run of a claim, seeds aside."""
-    if claim != "prisoners_dilemma":
-        return [Variant("")]
+    return modes_of(modes, levels) if claim == "prisoners_dilemma" else [Variant("")]
+
+
+def modes_of(modes: Sequence[str], levels: Sequence[float]) -> list[Variant]:
+    """A variant for each of these modes, and for each level of cooperation in mode mixed."""
     found = [Variant(mode, (f"mode={mode}",), {"mode": mode}) for mode in modes if mode != "mixed"]
     for level in sorted(levels) if "mixed" in modes else ():
         changes = ("mode=mixed", f"scenario.options.cooperation_level={level}")

@@ -13,9 +13,15 @@ figures computed, by
     partners of another seed      trained together, but not with one another: the first group from this seed, the
                                   next from the next seed, and so on
 
-A group is a team in a team battle, and otherwise one model. Each step is a process of its own and leaves its outcome
-in runs/scenarios/, so that a series that was interrupted goes on where it stopped. What it all came to is one small
-file in benchmarks/results/scenarios/, with a digest of the config it is of.
+A group is a team in a team battle, and otherwise one model. Where a scenario of two teams has exact odds, the trained
+teams also play the matches of team_matches.py. With --modes the config is trained under other modes as well, all
+models together:
+
+    python benchmarks/scenarios.py configs/commons.toml --modes competitive mixed --levels 0.9
+
+Each step is a process of its own and leaves its outcome in runs/scenarios/, so that a series that was interrupted goes
+on where it stopped. What it all came to is one small file in benchmarks/results/scenarios/, with a digest of the
+config it is of.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from claims import RunFailedError, machine, train
+from claims import RunFailedError, Variant, machine, modes_of, train
 from claims_file import RESULTS, ROOT, ClaimFile, digest, read, write
 from keeping import ended_by_sigterm
 
@@ -64,9 +70,9 @@ class Series:
     wanted: tuple[str, ...]
     """Of "frozen", "apart" and "others"; the rest comes with training."""
 
-    def folder(self, seed: int, *learners: str) -> Path:
+    def folder(self, seed: int, *words: str) -> Path:
         """Of the run that trained these models, the others being the base; of all, when none is named."""
-        return self.work / "-".join([f"seed{seed}", *learners])
+        return self.work / "-".join([f"seed{seed}", *words])
 
     def groups(self) -> list[tuple[str, ...]]:
         """Models that learn together when the others do not."""
@@ -83,25 +89,37 @@ class Series:
 
         return load_config(self.config, self.changes)
 
-    def train_together(self, seed: int) -> dict[str, Any]:
+    def has_matches(self) -> bool:
+        """Whether there are teams whose odds against one another can be computed."""
+        from coterie.scenarios.base import ExactlyMeasured, build_scenario
+
+        settings = self._settings()
+        if settings.mode != "team_battle":
+            return False
+        return isinstance(build_scenario(settings.scenario.id, settings.scenario.options), ExactlyMeasured)
+
+    def train_together(self, seed: int, variant: Variant = Variant("")) -> dict[str, Any]:  # noqa: B008 - frozen
         """The command a user would type. Raises `RunFailedError`."""
-        folder = self.folder(seed)
+        folder = self.folder(seed, *variant.name.split())
         done = folder / "results" / "heldout.json"
         wall = folder / "wall_seconds.json"
         if not wall.is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            seconds = train(self.config, folder, seed, self.changes)
+            seconds = train(self.config, folder, seed, [*self.changes, *variant.changes])
             if not done.is_file():
                 raise RunFailedError(f"{self.config} evaluates nothing; set evaluation.tasks to 1 or more")
             wall.write_text(json.dumps(seconds))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         return {
+            "variant": variant.name,
+            "seed": seed,
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "wall_seconds": round(json.loads(wall.read_text()), 1),
             "updates": len(records),
             "training_seconds": round(sum(record["seconds"]["total"] for record in records), 1),
-            "heldout": json.loads(done.read_text(encoding="utf-8")),
             "machine": machine(info["versions"]),
+            "heldout": json.loads(done.read_text(encoding="utf-8")),
         }
 
     def train_alone(self, seed: int, learners: Sequence[str]) -> Figures:
@@ -116,6 +134,10 @@ class Series:
         found: Figures = self._worker(seed, name, spec)
         return found
 
+    def matches(self, seed: int) -> Any:
+        """What `team_matches.measure` finds of the teams that were trained together."""
+        return self._worker(seed, "matches", {"do": "matches", "folder": str(self.folder(seed))})
+
     def _worker(self, seed: int, name: str, spec: Mapping[str, Any]) -> Any:
         """Do a step in a process of its own, unless its outcome is there already. Raises `RunFailedError`."""
         out = self.work / f"seed{seed}-{name}.json"
@@ -129,8 +151,8 @@ class Series:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def measure(series: Series, seeds: Sequence[int], results: Path) -> ClaimFile:
-    """All conditions of all seeds, kept as soon as there are any. Raises `RunFailedError`."""
+def measure(series: Series, seeds: Sequence[int], results: Path, modes: Sequence[Variant] = ()) -> ClaimFile:
+    """All conditions of all seeds, then other modes, kept as soon as there are any. Raises `RunFailedError`."""
     path = results / f"{series.config.stem}.json"
     known = digest(series.config, series.changes)
     shown = str(series.config.relative_to(ROOT)) if series.config.is_relative_to(ROOT) else series.config.name
@@ -167,17 +189,29 @@ def measure(series: Series, seeds: Sequence[int], results: Path) -> ClaimFile:
             origin = {model: series.folder(turns[learners]) for learners in groups for model in learners}
             name = "others-" + "-".join(map(str, turns.values()))
             conditions["others"] = series.put_together(seed, name, origin)
-        found = found.merged({
-            "variant": "",
-            "seed": seed,
-            "date": dt.datetime.now(dt.UTC).date().isoformat(),
-            **{key: run[key] for key in ("wall_seconds", "updates", "training_seconds", "machine")},
-            "tasks": run["heldout"]["tasks"],
-            "conditions": {key: kept(figures) for key, figures in conditions.items()},
-        })  # fmt: skip
+        matches = {"matches": series.matches(seed)} if series.has_matches() else {}
+        found = found.merged(entry(run, conditions) | matches)
         write(path, found)
         print(f"== kept in {path}", flush=True)
+    for variant in modes:
+        for seed in seeds:
+            print(f"== {series.config.stem}, seed {seed}: {variant.name}", flush=True)
+            run = series.train_together(seed, variant)
+            players = run["heldout"]["players"]
+            found = found.merged(
+                entry(run, {"calibrated base": players["calibrated base"], "together": players["trained"]})
+            )
+            write(path, found)
     return found
+
+
+def entry(run: Mapping[str, Any], conditions: Mapping[str, Figures]) -> dict[str, Any]:
+    """What of a training, and of what was measured around it, goes into the results file."""
+    return {
+        **{key: value for key, value in run.items() if key != "heldout"},
+        "tasks": run["heldout"]["tasks"],
+        "conditions": {key: kept(figures) for key, figures in conditions.items()},
+    }
 
 
 def mean_of_learners(alone: Mapping[tuple[str, ...], Figures]) -> Figures:
@@ -211,8 +245,11 @@ def work(spec: Mapping[str, Any]) -> None:
     from coterie.config import load_config
 
     config = load_config(Path(spec["config"]), spec["changes"])
+    figures: Any
     if spec["do"] == "alone":
         figures = asyncio.run(learn_alone(config, spec["learners"], Path(spec["folder"])))
+    elif spec["do"] == "matches":
+        figures = asyncio.run(play_matches(Path(spec["folder"])))
     else:
         origin = {model: Path(folder) for model, folder in spec["origin"].items()}
         figures = asyncio.run(play_together(config, origin))
@@ -275,6 +312,19 @@ async def play_together(config: Any, origin: Mapping[str, Path]) -> Figures:
     return figures
 
 
+async def play_matches(folder: Path) -> Any:
+    """Odds of a run's teams against the base and with swapped partners; see team_matches.py."""
+    from team_matches import measure as odds
+
+    from coterie.environment import MultiModelEnvironment
+    from coterie.runs.directory import RunDirectory
+
+    run = RunDirectory.open(folder)
+    with run.lock():
+        found = await odds(MultiModelEnvironment.resume(run))
+    return {kind: [{name: round(p, 6) for name, p in match.items()} for match in found[kind]] for kind in found}
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +337,12 @@ def parser() -> argparse.ArgumentParser:
         default=["together", "frozen", "apart", "others"],
         help="of together (always), frozen, apart, others; default: all of them",
     )  # fmt: skip
+    made.add_argument(
+        "--modes", nargs="+", choices=("cooperative", "competitive", "mixed"), default=[], metavar="MODE",
+        help="train the config under these modes too: cooperative, competitive, mixed",
+    )  # fmt: skip
+    made.add_argument("--levels", type=float, nargs="+", default=[0.5], metavar="L",
+                      help="cooperation levels of mode mixed; default: 0.5")  # fmt: skip
     made.add_argument("--again", action="store_true", help="forget the outcomes of earlier steps")
     made.add_argument(
         "--results", type=Path, default=FOLDER, metavar="DIR", help="default: benchmarks/results/scenarios"
@@ -323,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         with ended_by_sigterm():
-            measure(series, options.seeds, options.results)
+            measure(series, options.seeds, options.results, modes_of(options.modes, options.levels))
     except (RunFailedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

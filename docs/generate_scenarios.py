@@ -9,6 +9,10 @@ What stands between two markers, each alone on its line, is replaced:
     <!-- /example -->                            words after the path: zh, turns=3, seats=a,b
     <!-- table: configs/signaling.toml -->       what was measured; words after the path: metrics=success,score
     <!-- /table -->
+    <!-- modes: configs/commons.toml -->         the same training under several modes; metrics=… as above
+    <!-- /modes -->
+    <!-- matches: configs/team-blotto.toml -->   odds of trained teams against the base and with swapped partners
+    <!-- /matches -->
     <!-- list -->                                in index.md: every page with its title and first sentence
     <!-- /list -->
 
@@ -34,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 from blocks import WORDS, machine_block  # noqa: E402 - beside the results, not in a package
-from claims_file import ClaimFile, digest, read  # noqa: E402
+from claims_file import ClaimFile, Run, digest, read  # noqa: E402
 from scenarios import CONDITIONS, FOLDER  # noqa: E402
 
 from coterie.config import RunConfig, load_config  # noqa: E402
@@ -47,7 +51,9 @@ from coterie.scenarios.practice import Asked, PracticeTable  # noqa: E402
 from coterie.types import PlayerCard, Seat, Split  # noqa: E402
 
 PAGES = ROOT / "docs" / "scenarios"
-_MARKER = re.compile(r"^<!-- (?:(?P<kind>example|table|list)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$", re.MULTILINE)
+_MARKER = re.compile(
+    r"^<!-- (?:(?P<kind>example|table|modes|matches|list)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$", re.MULTILINE
+)
 
 
 # -- examples -------------------------------------------------------------------------------------------------------
@@ -114,29 +120,71 @@ def _question(question: Asked, turn: int) -> list[str]:
 
 def table(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> str:
     """What was measured of a config. Raises `ValueError` for results of another state of it, or an unknown metric."""
-    config = ROOT / config_path
-    found = read(results / f"{config.stem}.json")
-    if found is None or not found.runs:
-        return f"*Not measured yet; `python benchmarks/scenarios.py {config_path}` does it.*"
-    if found.digest != digest(config):
-        raise ValueError(
-            f"{config.stem}.json was measured with another state of {config_path}; "
-            f"measure it again: python benchmarks/scenarios.py {config_path}"
-        )
-    columns = [key for key in CONDITIONS if all(key in run["conditions"] for run in found.runs)]
-    names = list(metrics) or _metrics(found)
+    runs = _runs(config_path, results)
+    if not runs:
+        return _missing(config_path)
+    columns = [key for key in CONDITIONS if all(key in run["conditions"] for run in runs)]
+    names = list(metrics) or _metrics(runs)
     lines = [
         "| metric | " + " | ".join(CONDITIONS[key] for key in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for name in names:
-        cells = [_cell([_value(run["conditions"][key], name, config_path) for run in found.runs]) for key in columns]
+        cells = [_cell([_value(run["conditions"][key], name, config_path) for run in runs]) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _how(found)])
+    return "\n".join([*lines, "", _how(runs)])
 
 
-def _metrics(found: ClaimFile) -> list[str]:
-    trained = found.runs[0]["conditions"]["together"]
+def modes(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> str:
+    """A line for every mode the config was trained under, and one for the base. Raises `ValueError` as `table`."""
+    shipped = load_config(ROOT / config_path).mode
+    runs = [*_runs(config_path, results), *_runs(config_path, results, variants=True)]
+    if len({run["variant"] for run in runs}) < 2:
+        return _missing(config_path, " --modes competitive mixed")
+    names = list(metrics) or _metrics(runs)
+    lines = ["| mode | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    rows = {"untrained": [run["conditions"]["calibrated base"] for run in runs]}
+    for run in runs:
+        rows.setdefault(run["variant"] or shipped, []).append(run["conditions"]["together"])
+    for mode, figures in rows.items():
+        cells = [_cell([_value(one, name, config_path) for one in figures]) for name in names]
+        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _how(runs)])
+
+
+def matches(config_path: str, results: Path) -> str:
+    """Odds of trained teams. Raises `ValueError` for results of another state of the config."""
+    runs = _runs(config_path, results)
+    if not runs:
+        return _missing(config_path)
+    lines = ["| match | wins | draws | losses |", "| --- | ---: | ---: | ---: |"]
+    for kind in runs[0]["matches"]:
+        odds = [match for run in runs for match in run["matches"][kind]]
+        cells = [_cell([match[name] for match in odds]) for name in ("wins", "draws", "losses")]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "Of the team named first, mean over seeds and both teams (lowest to highest)."])
+
+
+def _runs(config_path: str, results: Path, *, variants: bool = False) -> list[Run]:
+    """Runs of the config as it is shipped, or under other modes. Raises `ValueError`: they are of another state."""
+    config = ROOT / config_path
+    found = read(results / f"{config.stem}.json")
+    if found is None:
+        return []
+    if found.digest != digest(config):
+        raise ValueError(
+            f"{config.stem}.json was measured with another state of {config_path}; "
+            f"measure it again: python benchmarks/scenarios.py {config_path}"
+        )
+    return [run for run in found.runs if bool(run["variant"]) == variants]
+
+
+def _missing(config_path: str, more: str = "") -> str:
+    return f"*Not measured yet; `python benchmarks/scenarios.py {config_path}{more}` does it.*"
+
+
+def _metrics(runs: Sequence[Run]) -> list[str]:
+    trained = runs[0]["conditions"]["together"]
     return list(trained["exact"]) or [*trained["outcome"], "score"]
 
 
@@ -155,13 +203,12 @@ def _cell(values: Sequence[float]) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _how(found: ClaimFile) -> str:
-    runs = found.runs
-    seeds = ", ".join(str(run["seed"]) for run in runs)
+def _how(runs: Sequence[Run]) -> str:
+    seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
     updates, seconds = ([run[key] for run in runs] for key in ("updates", "training_seconds"))
-    machine = machine_block({"scenario": found}, WORDS["en"])
+    machine = machine_block({"scenario": ClaimFile("", "", "", tuple(runs))}, WORDS["en"])
     return (
-        f"Mean over {'seed' if len(runs) == 1 else 'seeds'} {seeds} (lowest to highest), on {runs[0]['tasks']} "
+        f"Mean over {'seeds' if ',' in seeds else 'seed'} {seeds} (lowest to highest), on {runs[0]['tasks']} "
         f"held-out {'task' if runs[0]['tasks'] == 1 else 'tasks'}; {_span(updates, '.0f')} updates together took "
         f"{_span(seconds, '.0f')} s of training. {machine}"
     )
@@ -239,11 +286,15 @@ def _made(kind: str, words: str, line: int, pages: Path, results: Path) -> str:
             options["language"] = word
         elif kind == "example" and key == "turns" and value.isdecimal():
             options["turns"] = int(value)
-        elif equals and (kind, key) in (("example", "seats"), ("table", "metrics")):
+        elif equals and (kind, key) in (("example", "seats"), ("table", "metrics"), ("modes", "metrics")):
             options[key] = value.split(",")
         else:
             raise ValueError(f"line {line}: {kind} knows no {word!r}")
-    return example(config, **options) if kind == "example" else table(config, results, **options)
+    if kind == "example":
+        return example(config, **options)
+    if kind == "matches":
+        return matches(config, results)
+    return (modes if kind == "modes" else table)(config, results, **options)
 
 
 def main(arguments: Sequence[str] | None = None, pages: Path = PAGES, results: Path = FOLDER) -> int:

@@ -107,6 +107,31 @@ def test_only_what_is_asked_for(tiny_path: Path, tmp_path: Path, commands: Comma
     assert list(run["conditions"]) == ["bare base", "calibrated base", "together"]
 
 
+def test_other_modes_and_levels(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
+    path = config(tmp_path, tiny_path, updates=1)
+    arguments = ("--seeds", "0", "--only", "together", "--modes", "competitive", "mixed", "--levels", "0.9", "0.25")
+    assert measure(path, tmp_path, *arguments) == 0
+    assert commands.ran == ["train"] * 4
+    found = json.loads((tmp_path / "results" / "code.json").read_text())
+    assert [run["variant"] for run in found["runs"]] == ["", "competitive", "mixed 0.25", "mixed 0.90"]
+    (work,) = (tmp_path / "work").iterdir()
+    assert RunDirectory.open(work / "seed0").config.mode == "cooperative"
+    assert RunDirectory.open(work / "seed0-competitive").config.mode == "competitive"
+    assert RunDirectory.open(work / "seed0-mixed-0.90").config.scenario.options["cooperation_level"] == 0.9
+
+
+def test_teams_play_matches(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
+    names = [f"{team}_{role}" for team in ("red", "blue") for role in ("speaker", "listener")]
+    models = [{"model_id": name, "team_id": name.partition("_")[0], "role": "teammate"} for name in names]
+    changes = {"scenario": {"id": "team_signaling"}, "mode": "team_battle", "models": models, "updates": 1}
+    path = config(tmp_path, tiny_path, **changes, evaluation={"tasks": 1})
+    assert measure(path, tmp_path, "--seeds", "0", "--only", "together") == 0
+    assert commands.ran == ["train", "seed0-matches"]
+    (run,) = json.loads((tmp_path / "results" / "code.json").read_text())["runs"]
+    assert len(run["matches"]["partner of the other team"]) == 4
+    assert all(sum(odds.values()) == pytest.approx(1, abs=1e-5) for kind in run["matches"].values() for odds in kind)
+
+
 def test_results_of_another_state_of_the_config_are_replaced(
     tiny_path: Path, tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,11 @@ def figures(exact: float, outcome: float, mean: float) -> dict[str, Any]:
 
 
 def write_results(
-    folder: Path, *, stale: bool = False, conditions: tuple[str, ...] = ("bare base", "together")
+    folder: Path,
+    *,
+    stale: bool = False,
+    conditions: tuple[str, ...] = ("bare base", "calibrated base", "together"),
+    variants: tuple[str, ...] = ("",),
 ) -> None:
     machine = {
         "cpu": "Some CPU", "cores": 2, "system": "Linux x86_64", "python": "3.11.7", "torch": "2.13.0",
@@ -34,10 +38,13 @@ def write_results(
     }  # fmt: skip
     runs = tuple(
         {
-            "variant": "", "seed": seed, "date": "2026-01-01", "wall_seconds": 60.0, "updates": 20 + seed,
+            "variant": variant, "seed": seed, "date": "2026-01-01", "wall_seconds": 60.0, "updates": 20 + seed,
             "training_seconds": 41.6, "machine": machine, "tasks": 4,
-            "conditions": {key: figures(0.25 + at * (0.5 + seed / 10), 0.1, 0.2) for at, key in enumerate(conditions)},
+            "conditions": {key: figures(0.25 + at * (0.25 + seed / 10), 0.1, 0.2) for at, key in enumerate(conditions)},
+            "matches": {"trained against untrained": [{"wins": 0.9, "draws": 0.1, "losses": 0.0},
+                                                      {"wins": 0.8 + seed / 10, "draws": 0.2, "losses": 0.0}]},
         }
+        for variant in variants
         for seed in (0, 1)
     )  # fmt: skip
     known = "other" if stale else claims_file.digest(ROOT / SIGNALING)
@@ -60,7 +67,7 @@ def test_a_page_has_what_every_page_has(page: Path) -> None:
     assert [section for section in sections if section in SECTIONS] == SECTIONS
     commands = re.findall(r"^(?:\S+/)?coterie train (\S+)", text, re.MULTILINE)
     assert commands
-    marked = re.findall(r"^<!-- (?:example|table): (\S+)", text, re.MULTILINE)
+    marked = re.findall(r"^<!-- (?:example|table|modes|matches): (\S+)", text, re.MULTILINE)
     assert marked
     for config in {*commands, *marked}:
         used = tomllib.loads((ROOT / config).read_text(encoding="utf-8"))["scenario"]["id"]
@@ -71,7 +78,7 @@ def test_a_page_has_what_every_page_has(page: Path) -> None:
 def test_numbers_that_were_measured_stand_between_markers_only(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     (measured,) = re.findall(r"^## Measured\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    outside = re.sub(r"<!-- table:.*?<!-- /table -->", "", measured, flags=re.DOTALL)
+    outside = re.sub(r"<!-- (table|modes|matches):.*?<!-- /\1 -->", "", measured, flags=re.DOTALL)
     assert re.findall(r"\b\d+\.\d+\b|\d+\s*%", outside) == []
 
 
@@ -99,9 +106,9 @@ def test_a_table_has_means_and_ranges(tmp_path: Path) -> None:
     write_results(tmp_path)
     lines = generate.table(SIGNALING, tmp_path).splitlines()
     assert lines[:3] == [
-        "| metric | bare base | trained together |",
-        "| --- | ---: | ---: |",
-        "| success | 0.250 | 0.800 (0.750 to 0.850) |",
+        "| metric | bare base | calibrated base | trained together |",
+        "| --- | ---: | ---: | ---: |",
+        "| success | 0.250 | 0.550 (0.500 to 0.600) | 0.850 (0.750 to 0.950) |",
     ]
     assert lines[4].startswith(
         "Mean over seeds 0, 1 (lowest to highest), on 4 held-out tasks; 20 to 21 updates together took 42 s of "
@@ -113,13 +120,37 @@ def test_a_table_has_means_and_ranges(tmp_path: Path) -> None:
         generate.table(SIGNALING, tmp_path, metrics=["nash_conv"])
 
 
+def test_modes_have_a_line_each(tmp_path: Path) -> None:
+    write_results(tmp_path, variants=("", "competitive", "mixed 0.50"))
+    lines = generate.modes(SIGNALING, tmp_path, metrics=["success", "said"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[:6]] == [
+        "| mode", "| ---", "| untrained", "| cooperative", "| competitive", "| mixed 0.50",
+    ]  # fmt: skip
+    assert lines[4] == "| competitive | 0.850 (0.750 to 0.950) | 0.100 |"
+    assert lines[7].startswith("Mean over seeds 0, 1 (")
+    assert generate.table(SIGNALING, tmp_path).count("0.850") == 1
+    write_results(tmp_path)
+    assert "--modes competitive mixed` does it" in generate.modes(SIGNALING, tmp_path)
+
+
+def test_matches_have_the_odds_of_all_seeds_and_teams(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    assert generate.matches(SIGNALING, tmp_path).splitlines()[:3] == [
+        "| match | wins | draws | losses |",
+        "| --- | ---: | ---: | ---: |",
+        "| trained against untrained | 0.875 (0.800 to 0.900) | 0.150 (0.100 to 0.200) | 0.000 |",
+    ]
+    assert "Not measured yet" in generate.matches("configs/kuhn.toml", tmp_path)
+
+
 def test_what_was_not_measured_or_is_stale_is_said(tmp_path: Path) -> None:
     assert generate.table(SIGNALING, tmp_path) == (
         "*Not measured yet; `python benchmarks/scenarios.py configs/signaling.toml` does it.*"
     )
     write_results(tmp_path, stale=True)
-    with pytest.raises(ValueError, match=r"signaling.json was measured with another state of configs/signaling.toml"):
-        generate.table(SIGNALING, tmp_path)
+    for made in (generate.table, generate.modes, generate.matches):
+        with pytest.raises(ValueError, match=r"signaling.json was measured with another state of configs/signaling"):
+            made(SIGNALING, tmp_path)
 
 
 def page(folder: Path, text: str, name: str = "game.md") -> Path:
@@ -133,6 +164,8 @@ def test_a_page_is_filled_and_found_out_of_date(tmp_path: Path, capsys: pytest.C
     pages.mkdir()
     write_results(results)
     text = f"<!-- example: {SIGNALING} seats=sender -->\n<!-- /example -->\n\n"
+    text += f"<!-- modes: {SIGNALING} metrics=success -->\n<!-- /modes -->\n\n"
+    text += f"<!-- matches: {SIGNALING} -->\n<!-- /matches -->\n\n"
     path = page(pages, text + f"<!-- table: {SIGNALING} -->\nold\n<!-- /table -->")
     (pages / "index.md").write_text("# All\n\n<!-- list -->\n<!-- /list -->\n")
     assert generate.main(["--check"], pages, results) == 1
@@ -142,6 +175,7 @@ def test_a_page_is_filled_and_found_out_of_date(tmp_path: Path, capsys: pytest.C
     filled = path.read_text(encoding="utf-8")
     assert "--- sender, turn 1" in filled
     assert "| success | 0.250 |" in filled
+    assert "| trained against untrained |" in filled
     assert "old" not in filled
     assert "- [Game](game.md) (`game`): A game.\n" in (pages / "index.md").read_text()
 
@@ -171,6 +205,7 @@ def test_an_example_whose_package_is_missing_stays_as_it_stands(
         ("<!-- example: configs/nothing.toml -->\n<!-- /example -->", "line 5: example of 'configs/nothing.toml'"),
         (f"<!-- example: {SIGNALING} loudly -->\n<!-- /example -->", "line 5: example knows no 'loudly'"),
         (f"<!-- table: {SIGNALING} turns=2 -->\n<!-- /table -->", "line 5: table knows no 'turns=2'"),
+        (f"<!-- matches: {SIGNALING} metrics=wins -->\n<!-- /matches -->", "matches knows no 'metrics=wins'"),
         (f"<!-- table: {SIGNALING} -->", "has no end"),
         ("<!-- /table -->", "line 5: <!-- /table --> ends nothing"),
         (f"<!-- table: {SIGNALING} -->\n<!-- /example -->", "line 6: <!-- /example --> ends nothing"),
