@@ -63,11 +63,8 @@ class Variant:
 
 def variants(claim: str, modes: Sequence[str], levels: Sequence[float]) -> list[Variant]:
     """What is run of a claim, seeds aside."""
-    return modes_of(modes, levels) if claim == "prisoners_dilemma" else [Variant("")]
-
-
-def modes_of(modes: Sequence[str], levels: Sequence[float]) -> list[Variant]:
-    """A variant for each of these modes, and for each level of cooperation in mode mixed."""
+    if claim != "prisoners_dilemma":
+        return [Variant("")]
     found = [Variant(mode, (f"mode={mode}",), {"mode": mode}) for mode in modes if mode != "mixed"]
     for level in sorted(levels) if "mixed" in modes else ():
         changes = ("mode=mixed", f"scenario.options.cooperation_level={level}")

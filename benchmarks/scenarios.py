@@ -14,10 +14,10 @@ figures computed, by
                                   next from the next seed, and so on
 
 A group is a team in a team battle, and otherwise one model. Where a scenario of two teams has exact odds, the trained
-teams also play the matches of team_matches.py. With --modes the config is trained under other modes as well, all
-models together:
+teams also play the matches of team_matches.py. A --variant is the config with some settings changed, of which all
+models are trained together:
 
-    python benchmarks/scenarios.py configs/commons.toml --modes competitive mixed --levels 0.9
+    python benchmarks/scenarios.py configs/commons.toml --variant competitive mode=competitive
 
 Each step is a process of its own and leaves its outcome in runs/scenarios/, so that a series that was interrupted goes
 on where it stopped. What it all came to is one small file in benchmarks/results/scenarios/, with a digest of the
@@ -40,7 +40,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from claims import RunFailedError, Variant, machine, modes_of, train
+from claims import RunFailedError, Variant, machine, train
 from claims_file import RESULTS, ROOT, ClaimFile, digest, read, write
 from keeping import ended_by_sigterm
 
@@ -113,6 +113,7 @@ class Series:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         return {
             "variant": variant.name,
+            **(variant.facts or {}),
             "seed": seed,
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "wall_seconds": round(json.loads(wall.read_text()), 1),
@@ -151,8 +152,8 @@ class Series:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def measure(series: Series, seeds: Sequence[int], results: Path, modes: Sequence[Variant] = ()) -> ClaimFile:
-    """All conditions of all seeds, then other modes, kept as soon as there are any. Raises `RunFailedError`."""
+def measure(series: Series, seeds: Sequence[int], results: Path, variants: Sequence[Variant] = ()) -> ClaimFile:
+    """All conditions of all seeds, then the variants, kept as soon as there are any. Raises `RunFailedError`."""
     path = results / f"{series.config.stem}.json"
     known = digest(series.config, series.changes)
     shown = str(series.config.relative_to(ROOT)) if series.config.is_relative_to(ROOT) else series.config.name
@@ -193,7 +194,7 @@ def measure(series: Series, seeds: Sequence[int], results: Path, modes: Sequence
         found = found.merged(entry(run, conditions) | matches)
         write(path, found)
         print(f"== kept in {path}", flush=True)
-    for variant in modes:
+    for variant in variants:
         for seed in seeds:
             print(f"== {series.config.stem}, seed {seed}: {variant.name}", flush=True)
             run = series.train_together(seed, variant)
@@ -338,11 +339,9 @@ def parser() -> argparse.ArgumentParser:
         help="of together (always), frozen, apart, others; default: all of them",
     )  # fmt: skip
     made.add_argument(
-        "--modes", nargs="+", choices=("cooperative", "competitive", "mixed"), default=[], metavar="MODE",
-        help="train the config under these modes too: cooperative, competitive, mixed",
+        "--variant", nargs="+", action="append", default=[], dest="variants", metavar=("NAME", "KEY=VALUE"),
+        help="measure this change of the config too; may be given several times",
     )  # fmt: skip
-    made.add_argument("--levels", type=float, nargs="+", default=[0.5], metavar="L",
-                      help="cooperation levels of mode mixed; default: 0.5")  # fmt: skip
     made.add_argument("--again", action="store_true", help="forget the outcomes of earlier steps")
     made.add_argument(
         "--results", type=Path, default=FOLDER, metavar="DIR", help="default: benchmarks/results/scenarios"
@@ -369,6 +368,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.changes and options.results == FOLDER:
         print("error: --set needs --results DIR: benchmarks/results is for configs as shipped", file=sys.stderr)
         return 2
+    variants = [Variant(name, tuple(changes), {"changes": changes}) for name, *changes in options.variants]
+    wrong = next((v.name for v in variants if not v.changes or not v.name.replace(" ", "").isidentifier()), None)
+    if wrong is not None:
+        print(f"error: --variant {wrong}: give a name of words, then at least one KEY=VALUE", file=sys.stderr)
+        return 2
     config = options.config.resolve()
     # steps of another state of the config are not those of this one
     folder = options.work / f"{config.stem}-{digest(config, options.changes)}"
@@ -379,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         with ended_by_sigterm():
-            measure(series, options.seeds, options.results, modes_of(options.modes, options.levels))
+            measure(series, options.seeds, options.results, variants)
     except (RunFailedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,8 +9,8 @@ What stands between two markers, each alone on its line, is replaced:
     <!-- /example -->                            words after the path: zh, turns=3, seats=a,b
     <!-- table: configs/signaling.toml -->       what was measured; words after the path: metrics=success,score
     <!-- /table -->
-    <!-- modes: configs/commons.toml -->         the same training under several modes; metrics=… as above
-    <!-- /modes -->
+    <!-- variants: configs/commons.toml -->      the config as shipped and its variants; metrics=… as above
+    <!-- /variants -->
     <!-- matches: configs/team-blotto.toml -->   odds of trained teams against the base and with swapped partners
     <!-- /matches -->
     <!-- list -->                                in index.md: every page with its title and first sentence
@@ -52,7 +52,7 @@ from coterie.types import PlayerCard, Seat, Split  # noqa: E402
 
 PAGES = ROOT / "docs" / "scenarios"
 _MARKER = re.compile(
-    r"^<!-- (?:(?P<kind>example|table|modes|matches|list)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$", re.MULTILINE
+    r"^<!-- (?:(?P<kind>example|table|variants|matches|list)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$", re.MULTILINE
 )
 
 
@@ -135,21 +135,24 @@ def table(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> st
     return "\n".join([*lines, "", _how(runs)])
 
 
-def modes(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> str:
-    """A line for every mode the config was trained under, and one for the base. Raises `ValueError` as `table`."""
-    shipped = load_config(ROOT / config_path).mode
-    runs = [*_runs(config_path, results), *_runs(config_path, results, variants=True)]
-    if len({run["variant"] for run in runs}) < 2:
-        return _missing(config_path, " --modes competitive mixed")
-    names = list(metrics) or _metrics(runs)
-    lines = ["| mode | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    rows = {"untrained": [run["conditions"]["calibrated base"] for run in runs]}
-    for run in runs:
-        rows.setdefault(run["variant"] or shipped, []).append(run["conditions"]["together"])
-    for mode, figures in rows.items():
+def variants(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> str:
+    """A line for the base, the config as shipped and each variant. Raises `ValueError` as `table`."""
+    shipped = _runs(config_path, results)
+    changed = _runs(config_path, results, variants=True)
+    if not changed:
+        return _missing(config_path, " --variant NAME KEY=VALUE")
+    names = list(metrics) or _metrics(changed)
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    rows = {"untrained": [run["conditions"]["calibrated base"] for run in [*shipped, *changed]]}
+    if shipped:
+        rows["as shipped"] = [run["conditions"]["together"] for run in shipped]
+    for run in changed:
+        label = f"{run['variant']} (" + ", ".join(f"`{change}`" for change in run["changes"]) + ")"
+        rows.setdefault(label, []).append(run["conditions"]["together"])
+    for label, figures in rows.items():
         cells = [_cell([_value(one, name, config_path) for one in figures]) for name in names]
-        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _how(runs)])
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _how([*shipped, *changed])])
 
 
 def matches(config_path: str, results: Path) -> str:
@@ -286,7 +289,7 @@ def _made(kind: str, words: str, line: int, pages: Path, results: Path) -> str:
             options["language"] = word
         elif kind == "example" and key == "turns" and value.isdecimal():
             options["turns"] = int(value)
-        elif equals and (kind, key) in (("example", "seats"), ("table", "metrics"), ("modes", "metrics")):
+        elif equals and (kind, key) in (("example", "seats"), ("table", "metrics"), ("variants", "metrics")):
             options[key] = value.split(",")
         else:
             raise ValueError(f"line {line}: {kind} knows no {word!r}")
@@ -294,7 +297,7 @@ def _made(kind: str, words: str, line: int, pages: Path, results: Path) -> str:
         return example(config, **options)
     if kind == "matches":
         return matches(config, results)
-    return (modes if kind == "modes" else table)(config, results, **options)
+    return (variants if kind == "variants" else table)(config, results, **options)
 
 
 def main(arguments: Sequence[str] | None = None, pages: Path = PAGES, results: Path = FOLDER) -> int:

@@ -107,17 +107,22 @@ def test_only_what_is_asked_for(tiny_path: Path, tmp_path: Path, commands: Comma
     assert list(run["conditions"]) == ["bare base", "calibrated base", "together"]
 
 
-def test_other_modes_and_levels(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
+def test_variants(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
     path = config(tmp_path, tiny_path, updates=1)
-    arguments = ("--seeds", "0", "--only", "together", "--modes", "competitive", "mixed", "--levels", "0.9", "0.25")
-    assert measure(path, tmp_path, *arguments) == 0
-    assert commands.ran == ["train"] * 4
+    level = "scenario.options.reward_pool=2.0"
+    mixed = ("--variant", "mixed half", "mode=mixed", level)
+    assert (
+        measure(path, tmp_path, "--seeds", "0", "--only", "together", *mixed, "--variant", "rival", "mode=competitive")
+        == 0
+    )
+    assert commands.ran == ["train"] * 3
     found = json.loads((tmp_path / "results" / "code.json").read_text())
-    assert [run["variant"] for run in found["runs"]] == ["", "competitive", "mixed 0.25", "mixed 0.90"]
+    assert [run["variant"] for run in found["runs"]] == ["", "mixed half", "rival"]
+    assert found["runs"][1]["changes"] == ["mode=mixed", level]
     (work,) = (tmp_path / "work").iterdir()
     assert RunDirectory.open(work / "seed0").config.mode == "cooperative"
-    assert RunDirectory.open(work / "seed0-competitive").config.mode == "competitive"
-    assert RunDirectory.open(work / "seed0-mixed-0.90").config.scenario.options["cooperation_level"] == 0.9
+    assert RunDirectory.open(work / "seed0-rival").config.mode == "competitive"
+    assert RunDirectory.open(work / "seed0-mixed-half").config.scenario.options["reward_pool"] == 2.0
 
 
 def test_teams_play_matches(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
@@ -166,6 +171,8 @@ def test_means_of_learners_take_each_from_its_own_run() -> None:
         (["nothing.toml"], "give the config to measure; nothing.toml is no file"),
         ([], "give the config to measure"),
         (["CONFIG", "--set", "updates=1"], "--set needs --results DIR"),
+        (["CONFIG", "--variant", "rival"], "--variant rival: give a name of words, then at least one KEY=VALUE"),
+        (["CONFIG", "--variant", "mode=competitive", "seed=1"], "--variant mode=competitive: give a name of words"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

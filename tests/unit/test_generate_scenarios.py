@@ -38,7 +38,8 @@ def write_results(
     }  # fmt: skip
     runs = tuple(
         {
-            "variant": variant, "seed": seed, "date": "2026-01-01", "wall_seconds": 60.0, "updates": 20 + seed,
+            "variant": variant, "changes": ["a=1", "b=2"], "seed": seed, "date": "2026-01-01", "wall_seconds": 60.0,
+            "updates": 20 + seed,
             "training_seconds": 41.6, "machine": machine, "tasks": 4,
             "conditions": {key: figures(0.25 + at * (0.25 + seed / 10), 0.1, 0.2) for at, key in enumerate(conditions)},
             "matches": {"trained against untrained": [{"wins": 0.9, "draws": 0.1, "losses": 0.0},
@@ -67,7 +68,7 @@ def test_a_page_has_what_every_page_has(page: Path) -> None:
     assert [section for section in sections if section in SECTIONS] == SECTIONS
     commands = re.findall(r"^(?:\S+/)?coterie train (\S+)", text, re.MULTILINE)
     assert commands
-    marked = re.findall(r"^<!-- (?:example|table|modes|matches): (\S+)", text, re.MULTILINE)
+    marked = re.findall(r"^<!-- (?:example|table|variants|matches): (\S+)", text, re.MULTILINE)
     assert marked
     for config in {*commands, *marked}:
         used = tomllib.loads((ROOT / config).read_text(encoding="utf-8"))["scenario"]["id"]
@@ -78,7 +79,7 @@ def test_a_page_has_what_every_page_has(page: Path) -> None:
 def test_numbers_that_were_measured_stand_between_markers_only(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     (measured,) = re.findall(r"^## Measured\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    outside = re.sub(r"<!-- (table|modes|matches):.*?<!-- /\1 -->", "", measured, flags=re.DOTALL)
+    outside = re.sub(r"<!-- (table|variants|matches):.*?<!-- /\1 -->", "", measured, flags=re.DOTALL)
     assert re.findall(r"\b\d+\.\d+\b|\d+\s*%", outside) == []
 
 
@@ -120,17 +121,18 @@ def test_a_table_has_means_and_ranges(tmp_path: Path) -> None:
         generate.table(SIGNALING, tmp_path, metrics=["nash_conv"])
 
 
-def test_modes_have_a_line_each(tmp_path: Path) -> None:
-    write_results(tmp_path, variants=("", "competitive", "mixed 0.50"))
-    lines = generate.modes(SIGNALING, tmp_path, metrics=["success", "said"]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[:6]] == [
-        "| mode", "| ---", "| untrained", "| cooperative", "| competitive", "| mixed 0.50",
+def test_variants_have_a_line_each(tmp_path: Path) -> None:
+    write_results(tmp_path, variants=("", "competitive", "mixed"))
+    lines = generate.variants(SIGNALING, tmp_path, metrics=["success", "said"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[1:6]] == [
+        "| ---", "| untrained", "| as shipped", "| competitive (`a=1`, `b=2`)", "| mixed (`a=1`, `b=2`)",
     ]  # fmt: skip
-    assert lines[4] == "| competitive | 0.850 (0.750 to 0.950) | 0.100 |"
+    assert lines[0] == "| | success | said |"
+    assert lines[4] == "| competitive (`a=1`, `b=2`) | 0.850 (0.750 to 0.950) | 0.100 |"
     assert lines[7].startswith("Mean over seeds 0, 1 (")
     assert generate.table(SIGNALING, tmp_path).count("0.850") == 1
     write_results(tmp_path)
-    assert "--modes competitive mixed` does it" in generate.modes(SIGNALING, tmp_path)
+    assert "--variant NAME KEY=VALUE` does it" in generate.variants(SIGNALING, tmp_path)
 
 
 def test_matches_have_the_odds_of_all_seeds_and_teams(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_what_was_not_measured_or_is_stale_is_said(tmp_path: Path) -> None:
         "*Not measured yet; `python benchmarks/scenarios.py configs/signaling.toml` does it.*"
     )
     write_results(tmp_path, stale=True)
-    for made in (generate.table, generate.modes, generate.matches):
+    for made in (generate.table, generate.variants, generate.matches):
         with pytest.raises(ValueError, match=r"signaling.json was measured with another state of configs/signaling"):
             made(SIGNALING, tmp_path)
 
@@ -164,7 +166,7 @@ def test_a_page_is_filled_and_found_out_of_date(tmp_path: Path, capsys: pytest.C
     pages.mkdir()
     write_results(results)
     text = f"<!-- example: {SIGNALING} seats=sender -->\n<!-- /example -->\n\n"
-    text += f"<!-- modes: {SIGNALING} metrics=success -->\n<!-- /modes -->\n\n"
+    text += f"<!-- variants: {SIGNALING} metrics=success -->\n<!-- /variants -->\n\n"
     text += f"<!-- matches: {SIGNALING} -->\n<!-- /matches -->\n\n"
     path = page(pages, text + f"<!-- table: {SIGNALING} -->\nold\n<!-- /table -->")
     (pages / "index.md").write_text("# All\n\n<!-- list -->\n<!-- /list -->\n")
