@@ -15,6 +15,8 @@ What stands between two markers, each alone on its line, is replaced:
     <!-- /matches -->
     <!-- list -->                                in index.md: every page with its title and first sentence
     <!-- /list -->
+    <!-- summary -->                             in index.md: the first figure of every table that was measured
+    <!-- /summary -->
 
 An example whose scenario needs a package that is not installed stays as it stands, and `--check` does not look at it.
 Those of other packages' environments are written, and checked, where `make test-games` and `make oasis` install them:
@@ -52,7 +54,8 @@ from coterie.types import PlayerCard, Seat, Split  # noqa: E402
 
 PAGES = ROOT / "docs" / "scenarios"
 _MARKER = re.compile(
-    r"^<!-- (?:(?P<kind>example|table|variants|matches|list)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$", re.MULTILINE
+    r"^<!-- (?:(?P<kind>example|table|variants|matches|list|summary)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$",
+    re.MULTILINE,
 )
 
 
@@ -235,6 +238,27 @@ def listed(pages: Path) -> str:
     return "\n".join(lines)
 
 
+def summary(pages: Path, results: Path) -> str:
+    """A line for the first figure of every table of the pages, as far as it was measured."""
+    lines = ["| config | figure | untrained | trained | seeds |", "| --- | --- | ---: | ---: | ---: |"]
+    for path in sorted(pages.glob("*.md")):
+        for marker in _MARKER.finditer(path.read_text(encoding="utf-8")):
+            if marker["kind"] != "table":
+                continue
+            config, *rest = (marker["words"] or "").split()
+            runs = _runs(config, results)
+            if runs:
+                named = next((word for word in rest if word.startswith("metrics=")), "")
+                name = named.removeprefix("metrics=").split(",")[0] or _metrics(runs)[0]
+                before, after = (
+                    _cell([_value(run["conditions"][key], name, config) for run in runs])
+                    for key in ("calibrated base", "together")
+                )
+                link = f"[{Path(config).stem}]({path.name}#measured)"
+                lines.append(f"| {link} | {name} | {before} | {after} | {len(runs)} |")
+    return "\n".join(lines) if len(lines) > 2 else "*Nothing was measured yet.*"
+
+
 def _opening(path: Path) -> tuple[str, str]:
     title, _, rest = path.read_text(encoding="utf-8").partition("\n")
     paragraph = " ".join(rest.strip().split("\n\n")[0].split())
@@ -279,6 +303,8 @@ def filled(text: str, *, pages: Path, results: Path) -> str:
 def _made(kind: str, words: str, line: int, pages: Path, results: Path) -> str:
     if kind == "list":
         return listed(pages)
+    if kind == "summary":
+        return summary(pages, results)
     config, *rest = words.split() or [""]
     if not (ROOT / config).is_file():
         raise ValueError(f"line {line}: {kind} of {config!r}, which is no config of the repository")

@@ -145,6 +145,18 @@ def test_matches_have_the_odds_of_all_seeds_and_teams(tmp_path: Path) -> None:
     assert "Not measured yet" in generate.matches("configs/kuhn.toml", tmp_path)
 
 
+def test_the_summary_has_the_first_figure_of_what_was_measured(tmp_path: Path) -> None:
+    pages, results = tmp_path / "pages", tmp_path / "results"
+    pages.mkdir()
+    page(pages, f"<!-- table: {SIGNALING} metrics=said,success -->\n<!-- /table -->")
+    page(pages, "<!-- table: configs/kuhn.toml -->\n<!-- /table -->", "other.md")
+    assert generate.summary(pages, results) == "*Nothing was measured yet.*"
+    write_results(results)
+    assert generate.summary(pages, results).splitlines()[2:] == [
+        "| [signaling](game.md#measured) | said | 0.100 | 0.100 | 2 |"
+    ]
+
+
 def test_what_was_not_measured_or_is_stale_is_said(tmp_path: Path) -> None:
     assert generate.table(SIGNALING, tmp_path) == (
         "*Not measured yet; `python benchmarks/scenarios.py configs/signaling.toml` does it.*"
