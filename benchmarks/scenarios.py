@@ -76,13 +76,16 @@ class Series:
 
     def groups(self) -> list[tuple[str, ...]]:
         """Models that learn together when the others do not."""
+        found: dict[str, list[str]] = {}
+        for model, team in self.teams().items():
+            found.setdefault(f"team {team}" if team else model, []).append(model)
+        return [tuple(members) for members in found.values()]
+
+    def teams(self) -> dict[str, str | None]:
+        """Model -> its team; None where there is no team battle."""
         settings = self._settings()
-        if settings.mode == "team_battle":
-            teams: dict[str, list[str]] = {}
-            for model in settings.models:
-                teams.setdefault(str(model.team_id), []).append(model.model_id)
-            return [tuple(members) for members in teams.values()]
-        return [(model.model_id,) for model in settings.models]
+        battle = settings.mode == "team_battle"
+        return {model.model_id: model.team_id if battle else None for model in settings.models}
 
     def _settings(self) -> Any:
         from coterie.config import load_config
@@ -180,7 +183,7 @@ def measure(series: Series, seeds: Sequence[int], results: Path, variants: Seque
                 print(f"== {series.config.stem}, seed {seed}: {', '.join(learners)} alone", flush=True)
                 alone[learners] = series.train_alone(seed, learners)
             if "frozen" in series.wanted:
-                conditions["frozen"] = mean_of_learners(alone)
+                conditions["frozen"] = mean_of_learners(alone, series.teams())
             if "apart" in series.wanted:
                 origin = {model: series.folder(seed, *learners) for learners in groups for model in learners}
                 conditions["apart"] = series.put_together(seed, "apart", origin)
@@ -215,15 +218,23 @@ def entry(run: Mapping[str, Any], conditions: Mapping[str, Figures]) -> dict[str
     }
 
 
-def mean_of_learners(alone: Mapping[tuple[str, ...], Figures]) -> Figures:
-    """Of several runs in each of which others learned: the mean of the figures, each model's own from its own run."""
+def mean_of_learners(alone: Mapping[tuple[str, ...], Figures], teams: Mapping[str, str | None]) -> Figures:
+    """Of several runs in each of which others learned. What begins with the name of a model, or of its team, is taken
+    from the run in which it learned, and of everything else the mean; `teams`: model -> its team, if it has one."""
     runs = list(alone.values())
+
+    def figure(part: str, name: str) -> float:
+        own = [
+            run for learners, run in alone.items()
+            if any(name.startswith(f"{word}_") for model in learners for word in (model, teams[model]) if word)
+        ]  # fmt: skip
+        return fmean(run[part][name] for run in own or runs)
+
     by_model = {model: figures["by_model"][model] for learners, figures in alone.items() for model in learners}
     return {
         "mean": fmean(by_model.values()),
         "by_model": by_model,
-        "exact": {name: fmean(run["exact"][name] for run in runs) for name in runs[0]["exact"]},
-        "outcome": {name: fmean(run["outcome"][name] for run in runs) for name in runs[0]["outcome"]},
+        **{part: {name: figure(part, name) for name in runs[0][part]} for part in ("exact", "outcome")},
     }
 
 

@@ -158,11 +158,17 @@ def test_in_a_team_battle_teams_learn_together(tmp_path: Path) -> None:
 
 
 def test_means_of_learners_take_each_from_its_own_run() -> None:
-    def figures(red: float, blue: float, exact: float) -> dict[str, Any]:
-        return {"mean": 0, "by_model": {"red": red, "blue": blue}, "exact": {"x": exact}, "outcome": {"y": 1.0}}
+    def figures(left: float, right: float, exact: float, reach: float) -> dict[str, Any]:
+        outcome = {"y": exact, "left_reach": reach, "blue_reach": 2 * reach, "redder_reach": reach}
+        return {"mean": 0, "by_model": {"left": left, "right": right}, "exact": {"x": exact}, "outcome": outcome}
 
-    found = scenarios.mean_of_learners({("red",): figures(0.75, 0.1, 1.0), ("blue",): figures(0.2, 0.25, 2.0)})
-    assert found == {"mean": 0.5, "by_model": {"red": 0.75, "blue": 0.25}, "exact": {"x": 1.5}, "outcome": {"y": 1.0}}
+    alone = {("left",): figures(0.75, 0.1, 1.0, 0.5), ("right",): figures(0.2, 0.25, 2.0, 0.25)}
+    assert scenarios.mean_of_learners(alone, {"left": "red", "right": "blue"}) == {
+        "mean": 0.5,
+        "by_model": {"left": 0.75, "right": 0.25},
+        "exact": {"x": 1.5},
+        "outcome": {"y": 1.5, "left_reach": 0.5, "blue_reach": 0.5, "redder_reach": 0.375},
+    }
 
 
 @pytest.mark.parametrize(
