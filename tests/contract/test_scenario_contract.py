@@ -34,7 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("kuhn", {}),
     ("leduc", {"reward_pool": 2.0}),
     ("tictactoe", {}),
-    ("tictactoe", {"opponents": ["random", "model"], "view": "lines", "symmetry": False, "exact_floor": 0.001}),
+    ("tictactoe", {"opponents": ["random", "model"], "symmetry": False, "exact_floor": 0.001}),
     ("jsonl", {"path": ROWS}),
     ("jsonl", {"path": ROWS, "scorer": "contains", "required_models": 3, "cooperation_level": 0.9}),
     ("public_goods", {}),

@@ -116,27 +116,22 @@ def test_plays_are_scored_by_the_rules(first: str, digits: tuple[int, ...], scor
     assert len(table[first].turns) == (len(digits) + 1) // 2
 
 
-def test_each_seat_sees_its_own_cells_first_and_may_take_free_ones_only() -> None:
+def test_each_seat_sees_its_own_cells_as_x_and_may_take_free_ones_only() -> None:
     _, table = cells(1, 5, 2, 3, 7, 4, 6, 8, 9, opponent="model", first="opponent")
-    assert [seen.prefix for seen in table["player"].shown[:2]] == [
-        "Mine -, yours 1, free 23456789. I take",
-        "Mine 5, yours 12, free 346789. I take",
-    ]
-    assert table["opponent"].shown[1].prefix == "Mine 1, yours 5, free 2346789. I take"
+    assert [seen.prefix for seen in table["player"].shown[:2]] == ["o23456789:", "oo34x6789:"]
+    assert table["opponent"].shown[1].prefix == "x234o6789:"
     assert game().choices(drawn("xo. .x. ..o")) == ("3", "4", "6", "7", "8")
-    lines = game(view="lines").shown(drawn("xo. .x. ..o"), "en").prefix
-    assert lines == "Lines: xo3 4x6 78o x47 ox8 36o xxo 3x7. I take"
+    assert game().shown(drawn("xo. .x. ..o"), "en").prefix == "xo34x678o:"
 
 
-@pytest.mark.parametrize("view", ["lists", "lines"])
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_a_prompt_tells_the_whole_board(view: str, language: str) -> None:
-    scenario = game(view=view)
+def test_a_prompt_tells_the_whole_board(language: str) -> None:
+    scenario = game()
     for board in BOARDS:
         if not over(board):
             assert board_of(scenario.shown(board, language)) == board
-    with pytest.raises(ScenarioError, match="there is no board in 'Mine 1"):
-        board_of(Observation("Your cell?", prefix="Mine 1. I take"))
+    with pytest.raises(ScenarioError, match="there is no board in 'xo3:'"):
+        board_of(Observation("Your cell?", prefix="xo3:"))
 
 
 @pytest.mark.parametrize(("symmetry", "prompts"), [(True, 1), (False, 4)])

@@ -3,9 +3,10 @@
     the seats take cells in turn, "player" first in every other task --> three in a line, or no cell left
     score = 1 for a win, 0.5 for a draw, 0 for a loss
 
-The cells are numbered 1 to 9, row by row; a move is one digit, and only free cells can be chosen. Boards that are equal
-up to rotation and reflection are shown the same way (`symmetry`), so that what is learned in one corner is known in all
-four. Each seat sees the board as its own and the other's cells; which mark it plays does not matter.
+The cells are numbered 1 to 9, row by row, and a board is shown as nine marks: x for own cells, o for the other's, the
+numbers of free ones; so each seat sees itself as x, whichever began. A move is one digit, and only free cells can be
+chosen. Boards that are equal up to rotation and reflection are shown the same way (`symmetry`), so that what is learned
+in one corner is known in all four.
 
 It is one game without further content: training and held-out play share it (`single_task`). How often a policy wins,
 draws and loses is not counted from plays but computed by `exact`: a policy sees the board alone, so the boards it
@@ -29,7 +30,6 @@ from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.tictactoe_rules import (
     EMPTY,
     FREE,
-    LINES,
     OTHER,
     OWN,
     Board,
@@ -52,18 +52,8 @@ HELDOUT_GAMES: Final = 50
 """Held-out games against each opponent as first and as second player; they differ in what the opponent draws."""
 
 _PROMPTS: Final = {
-    "en": {
-        "system": "Take three in a line: 123 456 789 147 258 369 159 357.",
-        "user": "Your cell?",
-        "lists": "Mine {own}, yours {other}, free {free}. I take",
-        "lines": "Lines: {lines}. I take",
-    },
-    "zh": {
-        "system": "连成一线：123 456 789 147 258 369 159 357。",
-        "user": "占哪格？",
-        "lists": "我占{own}，你占{other}，空{free}。我占",
-        "lines": "各线：{lines}。我占",
-    },
+    "en": {"system": "Tic-tac-toe. You are x.", "user": "Your cell?", "prefix": "{board}:"},
+    "zh": {"system": "井字棋。你是x。", "user": "占哪格？", "prefix": "{board}："},
 }
 _MARKS: Final = {OWN: "x", OTHER: "o"}
 
@@ -74,8 +64,6 @@ class TicTacToeOptions(ScenarioOptions):
     opponents: tuple[Literal["minimax", "random", "model"], ...] = Field(default=("minimax",), min_length=1)
     """Who holds the seat "opponent"; tasks take these in turn. minimax never errs, model is another
     model of the run."""
-    view: Literal["lists", "lines"] = "lists"
-    """How the board is shown. lists: own, other's and free cells. lines: every line, free cells by number."""
     symmetry: bool = True
     """Whether boards equal up to rotation and reflection are shown the same way; a board then turns between moves."""
     exact_floor: float = Field(default=0.0, ge=0, lt=1)
@@ -250,15 +238,8 @@ class TicTacToe:
     def shown(self, board: Board, language: str) -> Observation:
         """What the seat to move sees."""
         text = _PROMPTS[language]
-        if self.options.view == "lists":
-            cells = {
-                mark: "".join(_digit(c) for c in range(9) if board[c] == mark) or "-" for mark in (OWN, OTHER, FREE)
-            }
-            prefix = text["lists"].format(own=cells[OWN], other=cells[OTHER], free=cells[FREE])
-        else:
-            lines = ("".join(_MARKS.get(board[cell], _digit(cell)) for cell in line) for line in LINES)
-            prefix = text["lines"].format(lines=" ".join(lines))
-        return Observation(system=text["system"], user=text["user"], prefix=prefix)
+        cells = "".join(_MARKS.get(mark, _digit(cell)) for cell, mark in enumerate(board))
+        return Observation(system=text["system"], user=text["user"], prefix=text["prefix"].format(board=cells))
 
     def choices(self, board: Board) -> tuple[str, ...]:
         """The free cells, as digits."""
@@ -282,14 +263,10 @@ class TicTacToe:
 
 def board_of(observation: Observation) -> Board:
     """The board an observation shows. Raises `ScenarioError` when it shows none."""
-    lines = re.findall(r"[xo1-9]{3}", observation.prefix)
-    lists = re.findall(r"[1-9]+|-", observation.prefix)
-    if len(lines) == len(LINES):
+    found = re.match(r"[xo1-9]{9}", observation.prefix)
+    if found:
         marks = {mark: number for number, mark in _MARKS.items()}
-        return tuple(marks.get(mark, FREE) for mark in "".join(lines[:3]))
-    if len(lists) == 3:
-        own, other, _ = lists
-        return tuple(OWN if _digit(c) in own else OTHER if _digit(c) in other else FREE for c in range(9))
+        return tuple(marks.get(mark, FREE) for mark in found[0])
     raise ScenarioError(f"there is no board in {observation.prefix!r}")
 
 
