@@ -58,7 +58,7 @@ class RolloutConfig(Section):
     group_size: int = Field(default=16, ge=1)
     """Episodes of each task in an update; group-relative credit compares them."""
     temperature: float = Field(default=1.0, gt=0, le=10)
-    """Of sampling in training; evaluation is greedy."""
+    """Of sampling in training; what held-out play uses is `evaluation.temperature`."""
     withhold: float = Field(default=0.2, ge=0, lt=1)
     """Share of episodes in which a speaker's advice is not delivered; measures cooperation_score."""
     rotate_seats: bool = False
@@ -181,6 +181,8 @@ class EvaluationConfig(Section):
 
     tasks: int = Field(default=100, ge=0)
     """Held-out tasks at the end of training; 0: none."""
+    temperature: float = Field(default=0.0, ge=0, le=10, allow_inf_nan=False)
+    """Of held-out play; 0: greedy. Above 0 where a policy has to mix moves, so that its likeliest is not its play."""
     every: int = Field(default=0, ge=0)
     """Updates between measurements of a scenario's exact metrics while training; 0: only at the end."""
     until: dict[str, float] = Field(default_factory=dict)

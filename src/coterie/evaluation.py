@@ -1,7 +1,8 @@
 """Measuring policies on tasks no training step saw, and exactly where a scenario can.
 
-The same held-out tasks are played greedily by the bare base model, by the base with calibrated choices, and by the
-trained policies under the same calibration; so the table separates what calibration gives from what training gives.
+The same held-out tasks are played (greedily, unless a temperature is set) by the bare base model, by the base with
+calibrated choices, and by the trained policies under the same calibration; so the table separates what calibration
+gives from what training gives.
 """
 
 from __future__ import annotations
@@ -104,14 +105,22 @@ class Evaluator:
     """Evaluates the models of a run."""
 
     def __init__(
-        self, runner: Runner, models: Sequence[LoRAModel], seed: int, rotate: bool, max_failed_share: float = 0.0
+        self,
+        runner: Runner,
+        models: Sequence[LoRAModel],
+        seed: int,
+        rotate: bool,
+        max_failed_share: float = 0.0,
+        temperature: float = 0.0,
     ) -> None:
-        """`max_failed_share`: of the held-out tasks that may fail; they are left out and counted."""
+        """`max_failed_share`: of the held-out tasks that may fail; they are left out and counted. `temperature`: of
+        held-out play, 0 for greedy."""
         self.runner = runner
         self.models = models
         self.seed = seed
         self.rotate = rotate
         self.max_failed_share = max_failed_share
+        self.temperature = temperature
 
     async def all(self, count: int, split: Split, report: Report) -> Evaluation:
         """Measure the bare base, the calibrated base and the trained policies on the same `count` tasks."""
@@ -130,7 +139,7 @@ class Evaluator:
         self, player: str, tasks: Sequence[TrainingTask], step: Callable[[int], None]
     ) -> tuple[Measured, float]:
         """Measure one kind of player; also the share of its turns that were simulated."""
-        changes: dict[str, Any] = {"temperature": 0.0}
+        changes: dict[str, Any] = {"temperature": self.temperature}
         if player == "bare base":
             changes["calibration"] = Calibration()
         runner = with_services(self.runner, **changes)

@@ -76,10 +76,10 @@ class Learned(LogitEngine):
         return await super().generate(request)
 
 
-def evaluator(quiz: Quiz, engine: LogitEngine | None = None, **services: Any) -> Evaluator:
+def evaluator(quiz: Quiz, engine: LogitEngine | None = None, temperature: float = 0.0, **services: Any) -> Evaluator:
     models = [LoRAModel(ModelConfig(model_id=name), version=2) for name in ("a", "b")]
     where = Runner(quiz, make_services(engine or Learned(), CHAT, temperature=1.0, **services))
-    return Evaluator(where, models, seed=5, rotate=False)
+    return Evaluator(where, models, seed=5, rotate=False, temperature=temperature)
 
 
 def measured(quiz: Quiz, count: int = 8, engine: LogitEngine | None = None, **services: Any) -> Evaluation:
@@ -102,6 +102,12 @@ def test_all_three_play_the_same_tasks_greedily_under_their_own_weights() -> Non
     ]  # fmt: skip
     assert [all(r.bias is None for r in third) for third in thirds] == [True, False, False]
     assert {tuple((r.bias or {}).items()) for third in thirds[1:] for r in third} == {tuple(bias.items())}
+
+
+def test_play_is_sampled_where_a_temperature_is_set() -> None:
+    engine = Learned()
+    asyncio.run(evaluator(Quiz(), engine, temperature=0.7).all(2, Split.HELDOUT, lambda *told: None))
+    assert {request.temperature for request in engine.requests} == {0.7}
 
 
 def test_accuracy_is_split_by_type_and_model() -> None:
