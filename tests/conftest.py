@@ -22,10 +22,13 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_base(tiny_path: Path) -> MakeBase:
-    """A freshly loaded tiny base; keyword arguments are fields of `BaseConfig`."""
+    """A freshly loaded tiny base, in float32 on every machine, because most tests compare numbers with those of plain
+    transformers or of another way of computing them; keyword arguments are fields of `BaseConfig`."""
 
     def make(**fields: object) -> BaseModel:
-        return load_base(BaseConfig.model_validate({"model": str(tiny_path), "threads": 1, **fields}))
+        return load_base(
+            BaseConfig.model_validate({"model": str(tiny_path), "threads": 1, "dtype": "float32", **fields})
+        )
 
     return make
 

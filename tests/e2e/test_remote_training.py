@@ -29,7 +29,7 @@ def settings(tiny_path: Path) -> Callable[..., RunConfig]:
             {
                 "updates": updates,
                 "models": PAIR,
-                "base": {"model": str(tiny_path), "threads": 1},
+                "base": {"model": str(tiny_path), "threads": 1, "dtype": "float32"},  # as `served` has it
                 # in one round, calibrated choices are exactly even: their entropy has no slope, and where advantages
                 # happen to cancel nothing is learned; what is shown after a round makes prompts that differ
                 "scenario": {"id": "matrix", "options": {"game": "matching_pennies", "rounds": 2}},

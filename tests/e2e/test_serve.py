@@ -39,7 +39,7 @@ MAIN = "import sys; from coterie.cli.main import main; sys.argv[0] = 'coterie'; 
 def home(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the server runs: adapters/leader-v3 is there."""
     folder = tmp_path_factory.mktemp("serving")
-    base = load_base(BaseConfig(model=str(tiny_path), threads=1))
+    base = load_base(BaseConfig(model=str(tiny_path), threads=1, dtype="float32"))
     adapter = base.bank.add("leader", 4, 8.0, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -50,10 +50,11 @@ def home(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def server(tiny_path: Path, home: Path, *arguments: object, **environment: str) -> Iterator[tuple[Any, str]]:
-    """A running server and its address; killed at the end where it has not ended by itself."""
+    """A running server in float32, as `make_base` has it, and its address; killed at the end where it has not ended by
+    itself."""
     command = [sys.executable, "-c", MAIN, "serve", str(tiny_path), "--served-name", NAME, "--port", "0"]
     process = subprocess.Popen(
-        [*command, *map(str, arguments)],
+        [*command, "--dtype", "float32", *map(str, arguments)],
         cwd=home,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,

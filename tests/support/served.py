@@ -17,10 +17,12 @@ MAIN = "from coterie.cli.main import main; main()"
 def served(model: Path, adapter_dir: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running server on `model` that may load adapters below `adapter_dir`, and its address.
 
-    It is killed at the end where it has not ended by itself.
+    Its base is in float32 on every machine, so that what it says can be compared with what a learner computes. It is
+    killed at the end where it has not ended by itself.
     """
+    arguments = ["--port", str(port), "--adapter-dir", str(adapter_dir), "--dtype", "float32"]
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "serve", str(model), "--port", str(port), "--adapter-dir", str(adapter_dir)],
+        [sys.executable, "-c", MAIN, "serve", str(model), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
