@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coterie.lm.functions import rms_norm, rotate
-from coterie.lm.products import LEAST_TRANSPOSED, MOST_ROWS, MOST_TRANSPOSED, OutputMatrix, frozen_linear
+from coterie.lm.products import LEAST_ROWS, LEAST_TRANSPOSED, MOST_TRANSPOSED, BackMatrix, OutputMatrix, frozen_linear
 
 
 @pytest.fixture(params=[1, 2])
@@ -29,7 +29,7 @@ def test_few_rows_give_what_a_linear_layer_gives(threads: int, rows: int, bias: 
         torch.testing.assert_close(found, layer(x))
 
 
-@pytest.mark.parametrize("rows", [1, 7, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, LEAST_ROWS - 1, LEAST_ROWS, 7, 300])
 def test_the_output_matrix_gives_plain_logits(rows: int) -> None:
     torch.manual_seed(rows)
     weight = torch.randn(300, 24, requires_grad=True)
@@ -39,6 +39,17 @@ def test_the_output_matrix_gives_plain_logits(rows: int) -> None:
         torch.testing.assert_close(output(hidden), hidden @ weight.t())
     output(hidden).sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_the_way_back_is_the_sum_over_siblings(pack: bool, rows: int) -> None:
+    torch.manual_seed(rows)
+    weights = [torch.randn(out, 24) for out in (40, 16)]
+    grads = [torch.randn(rows, 40), torch.randn(rows, 16)]
+    back = BackMatrix(weights, pack=pack)
+    torch.testing.assert_close(back(grads), grads[0] @ weights[0] + grads[1] @ weights[1])
+    torch.testing.assert_close(BackMatrix(weights[:1], pack=pack)(grads[:1]), grads[0] @ weights[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

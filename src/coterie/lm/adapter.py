@@ -110,19 +110,26 @@ class Adapter:
         self._cast: tuple[torch.dtype, dict[str, Factors]] | None = None
 
     def factors(self, dtype: torch.dtype) -> dict[str, Factors]:
-        """A (rank, in) and B transposed (rank, out) of every layer, without gradient, in the base's `dtype`.
-
-        In float32 these are views; in another type copies, kept until `touch`.
-        """
+        """A (rank, in) and B transposed (rank, out), both contiguous, of every layer, without gradient, in the base's
+        `dtype`; copies, kept until `touch`, but for A in float32."""
         if self._cast is None or self._cast[0] != dtype:
             flat = self.flat.detach().to(dtype)
-            self._cast = dtype, {s.name: (s.a(flat, self.rank), s.b(flat, self.rank).t()) for s in self.shapes}
+            self._cast = (
+                dtype,
+                {s.name: (s.a(flat, self.rank), s.b(flat, self.rank).t().contiguous()) for s in self.shapes},
+            )
         return self._cast[1]
+
+    def add_gradient(self, name: str, of_a: Tensor, of_b: Tensor, scale: float) -> None:
+        """Add (rank, in) and `scale` times (out, rank), in any dtype, to the gradients of a layer, if it is trained."""
+        a, b = self.a[name].grad, self.b[name].grad
+        if a is not None and b is not None:
+            a.add_(of_a)
+            b.add_(of_b, alpha=scale)
 
     def touch(self) -> None:
         """The weights changed: copies of them are forgotten."""
-        if self._cast is not None and self._cast[0] != self.flat.dtype:
-            self._cast = None
+        self._cast = None
 
     @property
     def scaling(self) -> float:

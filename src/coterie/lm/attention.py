@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from coterie.lm.native import Kernels, kernels_for
+
 
 class Plan(Protocol):
     """Which keys each packed token sees."""
@@ -45,7 +47,7 @@ class TreePlan:
 
     blocks: tuple[Block, ...]
     masks: dict[tuple[int, torch.dtype], Tensor]
-    """Additive masks by (block, dtype), filled at the first layer and used by all."""
+    """Additive masks by (block, dtype), filled at the first layer and used by all; where nothing is compiled."""
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> TreePlan:
@@ -116,8 +118,14 @@ class _TreeAttention(torch.autograd.Function):
             asked = _by_key_head(grad[block.start : block.end], kv_heads)
             keys = _seen(block, k)
             weights = _weights(plan, number, queries, keys, scale)
-            along = torch.linalg.vecdot(asked, _by_key_head(out[block.start : block.end], kv_heads)).unsqueeze(-1)
-            spread = torch.bmm(asked, _seen(block, v).transpose(1, 2)).sub_(along).mul_(weights).mul_(scale)
+            spread = torch.bmm(asked, _seen(block, v).transpose(1, 2))
+            kernels = kernels_for(spread.dtype, spread.device)
+            answered = _by_key_head(out[block.start : block.end], kv_heads)
+            if kernels is not None:
+                kernels.softmax_scores_backward(spread, weights, asked, answered, scale)
+            else:
+                along = torch.linalg.vecdot(asked, answered).unsqueeze(-1)
+                spread.sub_(along).mul_(weights).mul_(scale)
             grad_q[block.start : block.end] = _by_token(torch.bmm(spread, keys), n)
             _add_slices(grad_k, block, torch.bmm(spread.transpose(1, 2), queries))
             _add_slices(grad_v, block, torch.bmm(weights.transpose(1, 2), asked))
@@ -129,6 +137,10 @@ def _weights(plan: TreePlan, number: int, queries: Tensor, keys: Tensor, scale: 
     scores = torch.bmm(queries, keys.transpose(1, 2))
     kv_heads, _, seen = scores.shape
     n = len(plan.blocks[number].visible)
+    kernels = kernels_for(scores.dtype, scores.device)
+    if kernels is not None:
+        kernels.masked_softmax(scores.view(-1, n, seen), plan.blocks[number].visible, scale)
+        return scores
     # one mask for all query heads
     torch.add(plan.mask(number, scores), scores.view(-1, n, seen), alpha=scale, out=scores.view(-1, n, seen))
     return scores.softmax(-1, dtype=torch.float32).to(queries.dtype).view(kv_heads, -1, seen)
@@ -177,6 +189,22 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
+class Sights:
+    """What each packed token sees, as lists of cache slots: no padding, no masks; for compiled attention."""
+
+    slots: Tensor
+    """int32: one list after another."""
+    first: Tensor
+    """int64 (T,): where a token's list begins."""
+    seen: Tensor
+    """int32 (T,): how long it is."""
+    most: int
+    """The longest."""
+    own: Tensor
+    """int32 (T,): where the token's own key goes."""
+
+
+@dataclass(frozen=True, slots=True)
 class CachePlan:
     """New tokens written to cache slots; keys read back by slot. Inference only."""
 
@@ -188,6 +216,19 @@ class CachePlan:
     buckets: tuple[Bucket, ...]
     order: Tensor | None
     """int64 (T,): position of each packed token in the concatenated, padded bucket outputs; None: as they come."""
+    sights: Sights | None = None
+    """In place of buckets, where kernels are compiled and they are quicker."""
+
+    def attend_compiled(
+        self, kernels: Kernels, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float
+    ) -> Tensor:
+        """As `attend`, of queries and keys that are not rotated yet -> (T, heads * dim)."""
+        see = self.sights
+        assert see is not None
+        return kernels.attend(
+            q, k, v, cos, sin, self.keys[layer], self.values[layer], see.own, see.slots, see.first, see.seen,
+            see.most, scale,
+        )  # fmt: skip
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pool_k, pool_v = self.keys[layer], self.values[layer]

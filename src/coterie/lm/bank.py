@@ -17,6 +17,7 @@ from torch import nn
 from coterie.errors import AdapterError
 from coterie.lm.adapter import Adapter, AdapterPool, Segment
 from coterie.lm.linear import BankLinear
+from coterie.lm.native import kernels_for
 from coterie.lm.route import Route
 from coterie.types import AdapterVersion, ModelId
 
@@ -35,7 +36,8 @@ class AdapterBank:
         Raises:
             AdapterError: a target names no linear layer.
         """
-        self.route = Route()
+        weight = next(model.parameters())
+        self.route = Route(kernels_for(weight.dtype, weight.device))
         self._passing = threading.RLock()
         self._routed = False
         self._pools: list[AdapterPool] = []

@@ -23,6 +23,7 @@ from coterie.lm.bank import AdapterBank
 from coterie.lm.chat import TokenizerChat
 from coterie.lm.decoder import Decoder
 from coterie.lm.embedded import resolve_base
+from coterie.lm.native import kernels_for
 from coterie.lm.products import OutputMatrix
 from coterie.lm.quiet import quiet_transformers
 
@@ -48,11 +49,13 @@ class BaseModel:
         self.vocabulary: int = model.config.vocab_size
         self.fingerprint = _fingerprint(model)
         self.bank = AdapterBank(model, config.lora_targets, config.lora_layers)
-        self._decoder = Decoder(model)
         self.head: Tensor = model.get_output_embeddings().weight
-        self._output = OutputMatrix(self.head)
         self.device: torch.device = self.head.device
         self.dtype: torch.dtype = self.head.dtype
+        self.kernels = kernels_for(self.dtype, self.device)
+        """What is compiled for this processor; None: nothing."""
+        self._decoder = Decoder(model, self.kernels)
+        self._output = OutputMatrix(self.head)
 
     def hidden(self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,)."""
@@ -72,10 +75,18 @@ class BaseModel:
             yield self._decoder(token_ids, positions, plan, checkpoint=checkpoint)
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all."""
+        """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all.
+
+        Those of a few rows are computed in float32: in bfloat16 a logit of 20 has neighbours 0.125 away, which is
+        coarser than what an update of a policy changes.
+        """
         if rows is None:
-            return self._output(hidden)
-        return torch.nn.functional.linear(hidden, self.head.index_select(0, rows)).float()
+            return self._output(hidden).float()
+        return torch.nn.functional.linear(hidden.float(), self.head.index_select(0, rows).float())
+
+    def rough_logits(self, hidden: Tensor) -> Tensor:
+        """All logits (n, vocabulary), in the base's own dtype."""
+        return self._output(hidden)
 
 
 def native_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ says which keys a token sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
+from transformers.activations import SiLUActivation
 
-from coterie.lm.attention import Plan
-from coterie.lm.functions import rms_norm, rotate
+from coterie.lm.attention import CachePlan, Plan
+from coterie.lm.functions import rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
+from coterie.lm.native import Kernels
 from coterie.lm.products import MOST_PACKED, packable
+
+_SILU = (torch.nn.SiLU, SiLUActivation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +38,23 @@ class Norm:
     weight: Tensor
     """float32 (size,)"""
     eps: float
+    kernels: Kernels | None
 
     @classmethod
-    def of(cls, module: Any) -> Norm:
+    def of(cls, module: Any, kernels: Kernels | None) -> Norm:
         """Of a norm of transformers."""
         if type(module).__name__ == "GemmaRMSNorm":
-            return cls(module.weight.detach().float() + 1.0, module.eps)
-        return cls(module.weight.detach().float(), module.variance_epsilon)
+            return cls(module.weight.detach().float() + 1.0, module.eps, kernels)
+        return cls(module.weight.detach().float(), module.variance_epsilon, kernels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.kernels)
+
+    def of_sum(self, x: Tensor, more: Tensor | None) -> Tensor:
+        """Add `more`, if there is any, to x in place, and norm the sum; without gradients."""
+        if self.kernels is not None and more is not None:
+            return self.kernels.add_rms_norm(x, more, self.weight, self.eps)
+        return self(x if more is None else x.add_(more))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +71,14 @@ class Layer:
     head_dim: int
     scale: float
     activation: Callable[[Tensor], Tensor]
+    kernels: Kernels | None
     before_attention: Norm
     before_mlp: Norm
     queries: Norm | None
     keys: Norm | None
 
     @classmethod
-    def of(cls, number: int, module: Any, family: str, *, pack: bool) -> Layer:
+    def of(cls, number: int, module: Any, family: str, kernels: Kernels | None, *, pack: bool) -> Layer:
         attention, mlp = module.self_attn, module.mlp
         per_head = family == "qwen3"
         return cls(
@@ -78,41 +90,67 @@ class Layer:
             attention.head_dim,
             attention.scaling,
             mlp.act_fn,
-            Norm.of(module.input_layernorm),
-            Norm.of(module.post_attention_layernorm),
-            Norm.of(attention.q_norm) if per_head else None,
-            Norm.of(attention.k_norm) if per_head else None,
+            kernels,
+            Norm.of(module.input_layernorm, kernels),
+            Norm.of(module.post_attention_layernorm, kernels),
+            Norm.of(attention.q_norm, kernels) if per_head else None,
+            Norm.of(attention.k_norm, kernels) if per_head else None,
         )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
-        tokens = len(x)
-        q, k, v = (part.view(tokens, -1, self.head_dim) for part in self.asked(self.before_attention(x)))
+        """Hidden states (T, hidden) -> (T, hidden)."""
+        q, k, v = self._heads(self.asked(self.before_attention(x)))
+        turned = rotate(q, cos, sin, self.kernels), rotate(k, cos, sin, self.kernels)
+        (mixed,) = self.mixed(plan.attend(self.number, *turned, v, self.scale).flatten(1))
+        x = x + mixed
+        (out,) = self.outer(self._gated(*self.inner(self.before_mlp(x))))
+        return x + out
+
+    def cached(self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, plan: CachePlan) -> Tensor:
+        """The same with what is cached, without gradients, in fewer passes over memory.
+
+        Adds `more`, which the layer before left to be added, to x in place, and so on; returns what is still to be
+        added.
+        """
+        q, k, v = self._heads(self.asked(self.before_attention.of_sum(x, more)))
+        if self.kernels is not None and plan.sights is not None:
+            seen = plan.attend_compiled(self.kernels, self.number, q, k, v, cos, sin, self.scale)
+        else:
+            turned = rotate(q, cos, sin, self.kernels), rotate(k, cos, sin, self.kernels)
+            seen = plan.attend(self.number, *turned, v, self.scale).flatten(1)
+        (mixed,) = self.mixed(seen)
+        (out,) = self.outer(self._gated(*self.inner(self.before_mlp.of_sum(x, mixed))))
+        return out
+
+    def _heads(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, normed where the family does that."""
+        q, k, v = (part.view(len(part), -1, self.head_dim) for part in projected)
         if self.queries is not None and self.keys is not None:
             q, k = self.queries(q), self.keys(k)
-        seen = plan.attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
-        (mixed,) = self.mixed(seen.flatten(1))
-        x = x + mixed
-        gate, up = self.inner(self.before_mlp(x))
+        return q, k, v
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if isinstance(self.activation, _SILU):
+            return swiglu(gate, up, self.kernels)
         gate = self.activation(gate)
-        inner = gate * up if torch.is_grad_enabled() else gate.mul_(up)
-        (out,) = self.outer(inner)
-        return x + out
+        return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
 
 class Decoder:
     """A model's decoder without its output matrix."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kernels: Kernels | None) -> None:
         """`model`: a causal language model of a supported family, its linear layers replaced where adapted."""
         inner = model.get_decoder()
         self._embed = inner.embed_tokens
         self._rotary = inner.rotary_emb
-        self._norm = Norm.of(inner.norm)
+        self._norm = Norm.of(inner.norm, kernels)
         weights = [
             module.weight for module in inner.layers.modules() if isinstance(module, torch.nn.Linear | BankLinear)
         ]
         pack = packable(weights, MOST_PACKED)
-        self.layers = [Layer.of(i, layer, model.config.model_type, pack=pack) for i, layer in enumerate(inner.layers)]
+        family = model.config.model_type
+        self.layers = [Layer.of(i, layer, family, kernels, pack=pack) for i, layer in enumerate(inner.layers)]
 
     def __call__(self, token_ids: Tensor, positions: Tensor, plan: Plan, *, checkpoint: bool = False) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,).
@@ -122,6 +160,11 @@ class Decoder:
         x: Tensor = self._embed(token_ids)
         # (1, T, dim), the two halves alike
         cos, sin = (part[0, :, None, : part.shape[-1] // 2] for part in self._rotary(x, positions[None]))
+        if isinstance(plan, CachePlan) and not torch.is_grad_enabled():
+            more: Tensor | None = None
+            for layer in self.layers:
+                more = layer.cached(x, more, cos, sin, plan)
+            return self._norm.of_sum(x, more)
         for layer in self.layers:
             if checkpoint:
                 run = partial(recompute, layer, use_reentrant=False, preserve_rng_state=False)

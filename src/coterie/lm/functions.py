@@ -2,7 +2,8 @@
 
 On a processor these parts are bound by memory, and composed of elementary operations they take as long as a third of
 the matrix products between them. Each function here keeps what its derivative needs and nothing else, and computes it
-in place. Weights of norms are frozen: only activations have gradients.
+in place. Weights of norms are frozen: only activations have gradients. With compiled kernels (`coterie.lm.native`) a
+part is one pass; without them it is made of torch's operations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from coterie.lm.native import Kernels
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -32,13 +36,32 @@ class _RMSNorm(torch.autograd.Function):
         return weighted.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+class _CompiledRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inverse = torch.empty(len(rows))
+        ctx.kernels, ctx.shape = kernels, x.shape
+        ctx.save_for_backward(rows, weight, inverse)
+        return kernels.rms_norm(rows, weight, eps, inverse).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
+        rows, weight, inverse = ctx.saved_tensors
+        grad = grads[0].reshape(rows.shape).contiguous()
+        return None, ctx.kernels.rms_norm_backward(grad, rows, weight, inverse).view(ctx.shape), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels | None = None) -> Tensor:
     """x / sqrt(mean x^2 + eps) * weight over the last dimension, computed in float32 (Zhang & Sennrich, 2019).
 
     Args:
         x: (..., size)
         weight: float32 (size,), frozen.
     """
+    if kernels is not None:
+        compiled: Tensor = _CompiledRMSNorm.apply(kernels, x, weight, eps)  # type: ignore[no-untyped-call]
+        return compiled
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -54,22 +77,53 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: Kernels | None, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1.0)
+        return _turned(x, cos, sin, 1.0) if kernels is None else kernels.rotate(_headed(x), cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, -1.0), None, None
+        (grad,) = grads
+        if ctx.kernels is None:
+            return None, _turned(grad, cos, sin, -1.0), None, None
+        return None, ctx.kernels.rotate(_headed(grad), cos, sin, -1.0), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _headed(x: Tensor) -> Tensor:
+    """x (n, heads, dim) with the heads of a token side by side."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels | None = None) -> Tensor:
     """Rotary position embedding (Su et al., 2021), the halves of a head rotated against each other.
 
     Args:
         x: (T, heads, dim)
-        cos: (T, 1, dim / 2), as is `sin`.
+        cos: (T, 1, dim / 2), as is `sin`; both with rows equally far apart.
     """
-    out: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rotary.apply(kernels, x, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate, of_up = ctx.kernels.swiglu_backward(grads[0].contiguous(), gate, up)
+        return None, of_gate, of_up
+
+
+def swiglu(gate: Tensor, up: Tensor, kernels: Kernels | None = None) -> Tensor:
+    """silu(gate) * up of rows (n, size) (Shazeer, 2020)."""
+    if kernels is None:
+        return functional.silu(gate) * up
+    out: Tensor = _SwiGLU.apply(kernels, gate, up)  # type: ignore[no-untyped-call]
     return out

@@ -2,53 +2,24 @@
 
     y = x W^T + (alpha / rank) * (x A^T) B^T        A (rank, in), B (out, rank)      LoRA, Hu et al. 2021
 
+Layers that read the same input are computed together. Gradients of A and B are added to the adapters' own as the
+backward pass comes by: autograd sees only x and y.
+
 Invariant: a token's gradient reaches exactly the adapter of its range.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from coterie.lm.products import PackedMatrix, frozen_linear
+from coterie.lm.adapter import Segment
+from coterie.lm.products import BackMatrix, PackedMatrix, frozen_linear
 from coterie.lm.route import Route
-
-
-class _LoRALinear(torch.autograd.Function):
-    """Base linear layer plus each segment's low-rank update; saves x and the (T, rank) products only."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, segments, *leaves):  # type: ignore[no-untyped-def]
-        out = nn.functional.linear(x, weight, bias)
-        inner = []
-        for (adapter, start, end), a, b in zip(segments, leaves[0::2], leaves[1::2], strict=True):
-            h = x[start:end] @ a.to(x.dtype).t()
-            out[start:end].addmm_(h, b.to(x.dtype).t(), alpha=adapter.scaling)
-            inner.append(h)
-        ctx.segments = segments
-        ctx.save_for_backward(x, weight, *leaves, *inner)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        n = len(ctx.segments)
-        x, weight, *rest = ctx.saved_tensors
-        leaves, inner = rest[: 2 * n], rest[2 * n :]
-        need_x = ctx.needs_input_grad[0]
-        grad_x = grad @ weight if need_x else None
-        grads: list[Tensor | None] = []
-        for i, (adapter, start, end) in enumerate(ctx.segments):
-            a, b = leaves[2 * i], leaves[2 * i + 1]
-            g = grad[start:end]
-            # thin products in the two layouts that matrix libraries are fast at (up to five times here)
-            grad_h = nn.functional.linear(g, b.to(g.dtype).t().contiguous()).mul_(adapter.scaling)
-            grads.append((grad_h.t() @ x[start:end]).to(a.dtype))
-            grads.append((inner[i].t() @ g).t().mul(adapter.scaling).to(b.dtype))
-            if grad_x is not None:
-                grad_x[start:end].addmm_(grad_h, a.to(g.dtype))
-        return grad_x, None, None, None, *grads
 
 
 class BankLinear(nn.Module):
@@ -63,41 +34,86 @@ class BankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, in) -> (tokens, out)"""
-        if not torch.is_grad_enabled():
-            out = frozen_linear(x, self.weight, self.bias)
-            self.route.add_updates(x, [(self.name, out)])
-            return out
-        segments = self.route.segments
-        if not segments:
-            return nn.functional.linear(x, self.weight, self.bias)
-        leaves = [leaf for adapter, _, _ in segments for leaf in (adapter.a[self.name], adapter.b[self.name])]
-        trained: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, segments, *leaves
-        )
-        return trained
+        return Siblings([self], pack=False)(x)[0]
 
 
 class Siblings:
-    """Linear layers that read the same input: one product where no gradient is wanted and the rows are few."""
+    """Linear layers that read the same input."""
 
     def __init__(self, linears: Sequence[nn.Module], *, pack: bool) -> None:
-        """`linears`: `nn.Linear` or `BankLinear`. `pack`: a second copy of their weights may be made."""
+        """`linears`: `nn.Linear` or `BankLinear`. `pack`: further copies of their weights may be made."""
         self._linears = tuple(linears)
-        self._sizes = [int(linear.out_features) for linear in self._linears]  # type: ignore[arg-type]
-        self._adapted = [
+        self.weights: list[Tensor] = [linear.weight for linear in self._linears]  # type: ignore[misc]
+        self._biases: list[Tensor | None] = [linear.bias for linear in self._linears]  # type: ignore[misc]
+        self._sizes = [len(weight) for weight in self.weights]
+        self.adapted = [
             (place, linear.name) for place, linear in enumerate(self._linears) if isinstance(linear, BankLinear)
         ]
+        """(place among the layers, name) of those that have adapters."""
         self._route = next((linear.route for linear in self._linears if isinstance(linear, BankLinear)), None)
-        self._packed: PackedMatrix | None = None
-        if pack:
-            weights = [linear.weight for linear in self._linears]
-            self._packed = PackedMatrix(weights, [linear.bias for linear in self._linears])  # type: ignore[arg-type,misc]
+        self._packed = PackedMatrix(self.weights, self._biases) if pack else None
+        self._back = BackMatrix(self.weights, pack=pack)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """(tokens, in) -> (tokens, out_i) each; they may be slices of one tensor."""
-        if self._packed is None or torch.is_grad_enabled() or not self._packed.suits(len(x)):
-            return [linear(x) for linear in self._linears]
-        out: tuple[Tensor, ...] = torch.split(self._packed(x), self._sizes, dim=1)
-        if self._route is not None:
-            self._route.add_updates(x, [(name, out[place]) for place, name in self._adapted])
-        return out
+        if not torch.is_grad_enabled():
+            outs = self.products(x)
+            if self._route is not None:
+                self._route.add_updates(x, [(name, outs[place]) for place, name in self.adapted])
+            return outs
+        segments = self._route.segments if self._route is not None else ()
+        if not segments and not x.requires_grad:
+            return self.products(x)
+        # autograd asks for a reason to come back here even where x, an embedding, needs no gradient
+        reason = segments[0][0].a[self.adapted[0][1]] if segments else None
+        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, segments)  # type: ignore[no-untyped-call]
+        return found
+
+    def products(self, x: Tensor) -> Sequence[Tensor]:
+        """What the layers make of x without adapters, without gradients."""
+        if self._packed is not None and self._packed.suits(len(x)):
+            return torch.split(self._packed(x), self._sizes, dim=1)
+        return [frozen_linear(x, weight, bias) for weight, bias in zip(self.weights, self._biases, strict=True)]
+
+    def back(self, grads: Sequence[Tensor]) -> Tensor:
+        """The gradient at x, given those at what `products` made of it."""
+        return self._back(grads)
+
+
+class _Adapted(torch.autograd.Function):
+    """Sibling layers with the routed adapters; keeps x and the (tokens, rank) products only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, reason: Tensor | None, siblings: Siblings, segments: Sequence[Segment]
+    ) -> tuple[Tensor, ...]:
+        outs = tuple(siblings.products(x))
+        inner = []
+        for adapter, start, end in segments:
+            factors, own = adapter.factors(x.dtype), x[start:end]
+            for place, name in siblings.adapted:
+                a, b = factors[name]
+                h = functional.linear(own, a)
+                outs[place][start:end].addmm_(h, b, alpha=adapter.scaling)
+                inner.append(h)
+        ctx.siblings, ctx.segments = siblings, segments
+        ctx.save_for_backward(x, *inner)
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, *inner = ctx.saved_tensors
+        siblings: Siblings = ctx.siblings
+        grad_x = siblings.back(grads) if ctx.needs_input_grad[0] else None
+        kept = iter(inner)
+        for adapter, start, end in ctx.segments:
+            factors, own = adapter.factors(x.dtype), x[start:end]
+            for place, name in siblings.adapted:
+                a, b = factors[name]
+                grad = grads[place][start:end]
+                # thin products in the layouts that matrix libraries are fast at (up to five times here)
+                grad_h = functional.linear(grad, b).mul_(adapter.scaling)
+                adapter.add_gradient(name, grad_h.t() @ own, (next(kept).t() @ grad).t(), adapter.scaling)
+                if grad_x is not None:
+                    grad_x[start:end].addmm_(grad_h, a)
+        return grad_x, None, None, None

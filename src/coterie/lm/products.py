@@ -1,14 +1,17 @@
-"""Products of few rows with frozen matrices, as decoding asks for them.
+"""Products with frozen matrices.
 
-    y = x W^T + b        x (rows, in), W (out, in), rows few
+    y = x W^T + b        x (rows, in), W (out, in);        dx = dy W
 
-Matrix libraries are made for many rows. Measured with few, on two AVX2 cores in float32:
+Matrix libraries are made for many rows, and for matrices that change. Measured on two cores, for the matrices of a 135M
+model:
 
-- a matrix brought once into the order the kernel reads it in (oneDNN's) runs at 1.3 to 3 times the rate from 4 rows on,
-  and as fast as any other at a hundred. That is a second copy of the weights, so it is made, at the first such product,
-  of models up to `MOST_PACKED` bytes only, and for larger ones of the output matrix if that is small;
-- without such a copy and with several threads, the transposed product W x^T is shared out among them better: 1.2 to
-  1.5 times the rate at 16 to 64 rows.
+- a matrix brought once into the order the kernel reads it in (oneDNN's) runs, in float32, at 1.3 to 3 times the rate
+  from 4 rows on, and as fast as any other at a hundred; in bfloat16, where other ways bring it into that order anew
+  each time, at 1.1 to 2.5 times the rate for any number of rows. That is a second copy of the weights, and for the way
+  back a third, so they are made, at the first such product, of models up to `MOST_PACKED` bytes only, and for larger
+  ones of the output matrix if that is small;
+- in float32 without such a copy and with several threads, the transposed product W x^T is shared out among them better:
+  1.2 to 1.5 times the rate at 16 to 64 rows.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LEAST_ROWS, MOST_ROWS = 4, 128
-"""Between these a packed matrix is quicker. Every number of rows costs a kernel made for it, once."""
+LEAST_ROWS = 4
+"""In float32, from these on a packed matrix is quicker, or as quick."""
 LEAST_TRANSPOSED, MOST_TRANSPOSED = 12, 96
 """Between these the transposed product is quicker than the plain one."""
 MOST_PACKED = 2**30
@@ -30,9 +33,12 @@ MOST_PACKED_OUTPUT = 256 * 2**20
 def packable(weights: Sequence[Tensor], most: int) -> bool:
     """Whether second copies of `weights` help here and take at most `most` bytes together."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    dtypes = {torch.float32}
+    if available and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
     return (
         available
-        and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+        and all(weight.device.type == "cpu" and weight.dtype in dtypes for weight in weights)
         and sum(weight.numel() * weight.element_size() for weight in weights) <= most
     )
 
@@ -44,11 +50,11 @@ class PackedMatrix:
         """`weights`: (out_i, in) each; they and `biases` are read at the first product."""
         self._parts = tuple(weights), tuple(biases)
         self._ready: tuple[Tensor, Tensor | None] | None = None
+        self._any_rows = weights[0].dtype == torch.bfloat16
 
-    @staticmethod
-    def suits(rows: int) -> bool:
+    def suits(self, rows: int) -> bool:
         """Whether a product of so many rows is quicker with it than without."""
-        return LEAST_ROWS <= rows <= MOST_ROWS
+        return self._any_rows or rows >= LEAST_ROWS
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) -> (rows, sum of out_i), without gradients."""
@@ -59,10 +65,39 @@ class PackedMatrix:
             if any(b is not None for b in biases):
                 every = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
                 bias = torch.cat([b.detach() for b in every])
-            self._ready = torch.ops.mkldnn._reorder_linear_weight(joined, MOST_ROWS // 2), bias
+            self._ready = _packed(joined), bias
         weight, bias = self._ready
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
+
+
+class BackMatrix:
+    """The way back through frozen matrices with the same input, side by side: dx = sum of dy_i W_i."""
+
+    def __init__(self, weights: Sequence[Tensor], *, pack: bool) -> None:
+        """`weights`: (out_i, in) each. `pack`: a copy of them may be made, at the first product."""
+        self._weights = tuple(weights)
+        self._pack = pack
+        self._ready: Tensor | None = None
+
+    def __call__(self, grads: Sequence[Tensor]) -> Tensor:
+        """(rows, out_i) each -> (rows, in), without gradients."""
+        if not self._pack:
+            found = grads[0] @ self._weights[0]
+            for grad, weight in zip(grads[1:], self._weights[1:], strict=True):
+                found.addmm_(grad, weight)
+            return found
+        if self._ready is None:
+            self._ready = _packed(torch.cat([weight.detach() for weight in self._weights]).t().contiguous())
+        joined = grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads), dim=1)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(joined, self._ready, None, "none", [], "")
+        return out
+
+
+def _packed(weight: Tensor) -> Tensor:
+    # the number of rows it is asked for decides nothing about the order, as measured
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+    return packed
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,7 +117,7 @@ class OutputMatrix:
         self._packed = PackedMatrix([weight], [None]) if packable([weight], MOST_PACKED_OUTPUT) else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """float32 logits (n, vocabulary) of (n, hidden)."""
-        if self._packed is None or torch.is_grad_enabled() or len(hidden) > MOST_ROWS:
-            return functional.linear(hidden, self.weight).float()
+        """Logits (n, vocabulary) of (n, hidden), in its dtype."""
+        if self._packed is None or torch.is_grad_enabled() or not self._packed.suits(len(hidden)):
+            return functional.linear(hidden, self.weight)
         return self._packed(hidden)

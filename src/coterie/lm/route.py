@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.lm.adapter import AdapterPool, Segment
+from coterie.lm.native import Kernels, Ranges
 
 PADDED_SEGMENTS = 6
 """Ranges of unlike length from which padding them is quicker than one after the other."""
+COMPILED_TOKENS = 64
+"""Tokens a range up to which the compiled kernel is quicker than matrix products."""
 PADDED_TOKENS = 48
 """Tokens a range up to which that holds."""
 
@@ -74,15 +77,29 @@ class Batched:
 class Route:
     """The ranges of the pass under way; every adapted layer of a model reads the same one."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels | None = None) -> None:
         self.segments: tuple[Segment, ...] = ()
+        self._kernels = kernels
         self._single: tuple[Segment, ...] = ()
         self._batched: tuple[Batched, ...] = ()
+        self._few: Ranges | None = None
+        self._before: Ranges | None = None
+        """Of an earlier pass, for what can be used again."""
 
     def lead(self, segments: Sequence[Segment], device: torch.device) -> None:
         """From now on packed tokens [start, end) of each segment go through its adapter."""
         self.segments = tuple(segments)
-        self._single, self._batched = ((), ()) if torch.is_grad_enabled() else _divide(segments, device)
+        self._single, self._batched = (), ()
+        before, self._few = self._few or self._before, None
+        self._before = before
+        if torch.is_grad_enabled():
+            return
+        if self._kernels is None:
+            self._single, self._batched = _divide(segments, device)
+            return
+        few = [segment for segment in segments if segment[2] - segment[1] <= COMPILED_TOKENS]
+        self._single = tuple(segment for segment in segments if segment[2] - segment[1] > COMPILED_TOKENS)
+        self._few = Ranges(few, self._kernels.dtype, before) if few else None
 
     def add_updates(self, x: Tensor, outs: Sequence[tuple[str, Tensor]]) -> None:
         """Add (alpha / rank) (x A^T) B^T of every range to what the layers `outs` (name, (tokens, out)) made of
@@ -94,6 +111,8 @@ class Route:
                 out[start:end].addmm_(functional.linear(own, a), b_t, alpha=adapter.scaling)
         for group in self._batched:
             group.add_updates(x, outs)
+        if self._few is not None and self._kernels is not None:
+            self._kernels.add_low_rank(x, outs, self._few)
 
 
 def _divide(segments: Sequence[Segment], device: torch.device) -> tuple[tuple[Segment, ...], tuple[Batched, ...]]:

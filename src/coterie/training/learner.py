@@ -22,7 +22,7 @@ from coterie.models import ModelConfig
 from coterie.training.anchors import Anchor, Anchors
 from coterie.training.base import LearnerStats, StepStats
 from coterie.training.batch import Batch, HeadKey, Term
-from coterie.training.loss import columns, divergence, entropy, surrogate
+from coterie.training.loss import chosen, columns, divergence, entropy, surrogate
 from coterie.types import ModelId
 
 
@@ -101,10 +101,10 @@ class Learner:
         for head, terms in batch.terms.items():
             for term in terms:
                 by_sequence.setdefault(term.sequence, []).append((head, term))
-        for part, chosen in enumerate(split(batch.sequences, self.config.tokens_per_pass)):
-            forest = pack([batch.sequences[i] for i in chosen])
+        for part, members in enumerate(split(batch.sequences, self.config.tokens_per_pass)):
+            forest = pack([batch.sequences[i] for i in members])
             heads: dict[HeadKey, list[tuple[int, int, Term]]] = {}
-            for local, i in enumerate(chosen):
+            for local, i in enumerate(members):
                 policy = batch.sequences[i][0]
                 for head, term in by_sequence.get(i, ()):
                     heads.setdefault(head, []).append((int(forest.paths[local][term.position]), policy, term))
@@ -152,23 +152,28 @@ class Learner:
         sites: dict[int, int] = {}
         site_of = [sites.setdefault(index, len(sites)) for index, _, _ in entries]
         rows = torch.tensor(list(sites), device=device)
-        logprobs = self._logprobs(head, hidden.index_select(0, rows))
-        if head.allowed is None:
-            column = [term.token for _, _, term in entries]
-        else:
-            place = {token: i for i, token in enumerate(head.allowed)}
-            column = [place[term.token] for _, _, term in entries]
+        asked = hidden.index_select(0, rows)
         at = torch.tensor(site_of, device=device)
-        logprob = logprobs[at, torch.tensor(column, device=device)]
+        place = None if head.allowed is None else {token: i for i, token in enumerate(head.allowed)}
+        column = [term.token if place is None else place[term.token] for _, _, term in entries]
+        columns_of = torch.tensor(column, device=device)
+        logprobs = None
+        if head.allowed is None and not anchors and self.base.kernels is not None and not head.bias:
+            logits = self.base.rough_logits(asked)
+            logprob, spreads = chosen(self.base.kernels, logits, at, columns_of, head.temperature)
+        else:
+            logprobs = self._logprobs(head, asked)
+            logprob, spreads = logprobs[at, columns_of], entropy(logprobs)
         terms = columns([(t.old_logprob, t.gain, t.loss, t.count) for _, _, t in entries], device)
         policy = torch.tensor([p for _, p, _ in entries], device=device)
         weight = scale[policy]
         value = surrogate(logprob, terms, config) * weight
-        spread = entropy(logprobs)[at]
+        spread = spreads[at]
         if config.entropy_bonus > 0:
             value = value + config.entropy_bonus * spread * terms.count * weight
         figures = {"entropy": spread, "mismatch": (logprob - terms.old_logprob).abs()}
         for anchor in anchors:
+            assert logprobs is not None
             distance = divergence(logprobs, self._logprobs(head, anchor.hidden.index_select(0, rows)))[at]
             value = value - anchor.coefficient * distance * terms.count * weight
             figures[anchor.distance] = distance

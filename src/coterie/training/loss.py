@@ -18,11 +18,13 @@ older version or another engine sampled; on in-process data of the current versi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coterie.config import LearnerConfig
+from coterie.lm.native import Kernels, Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +64,38 @@ def columns(terms: list[tuple[float, float, float, int]], device: torch.device) 
     """Tensors of (old_logprob, gain, loss, count) rows."""
     table = torch.tensor(terms, dtype=torch.float32, device=device).reshape(-1, 4)
     return TermTensors(table[:, 0], table[:, 1], table[:, 2], table[:, 3])
+
+
+class _Chosen(torch.autograd.Function):
+    """Log-probabilities of single tokens, and entropies, of rows of logits: nothing else the size of the rows is kept.
+
+    With lp = log softmax(z / T):  dlp_k / dz_i = (delta_ik - p_i) / T,  dH / dz_i = -p_i (lp_i + H) / T
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, kernels: Kernels, at: Tensor, tokens: Tensor, temperature: float) -> Any:
+        told = kernels.summarise(logits, [temperature] * len(logits))
+        ctx.kernels, ctx.told = kernels, told
+        ctx.save_for_backward(logits, at, tokens)
+        sharpness = 1.0 / temperature
+        chosen = (logits[at, tokens].double() - told.most.double()[at]) * sharpness - told.log_z[at]
+        return chosen.float(), told.entropy.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        of_chosen, of_entropy = grads
+        logits, at, tokens = ctx.saved_tensors
+        told: Summary = ctx.told
+        asked = torch.zeros(len(logits)).index_add_(0, at, of_chosen)
+        alpha = -(asked + of_entropy * told.entropy.float())
+        out = ctx.kernels.softmax_backward(logits, told, alpha, -of_entropy)
+        single = (of_chosen * told.sharpness[at]).to(out.dtype)
+        out.index_put_((at, tokens), single, accumulate=True)
+        return out, None, None, None, None
+
+
+def chosen(kernels: Kernels, logits: Tensor, at: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float32 (m,) of `tokens` (m,) in rows `at` (m,) of softmax(logits / temperature), and the
+    entropies float32 (n,) of all rows; logits (n, vocabulary), contiguous, of the kernels' dtype."""
+    found: tuple[Tensor, Tensor] = _Chosen.apply(logits, kernels, at, tokens, temperature)  # type: ignore[no-untyped-call]
+    return found

@@ -22,15 +22,15 @@ from coterie.inference.base import check_request
 from coterie.inference.local.cache import Node, PrefixCache
 from coterie.inference.local.choices import TrieNode, build_trie
 from coterie.inference.local.sampler import (
+    GREEDY,
     Distribution,
     bias_row,
     distributions,
-    sample_vocabulary,
+    draw,
     scaled_logprobs,
     uniform,
-    vocabulary_entropy,
 )
-from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass
+from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass, sights
 from coterie.lm.attention import CachePlan
 from coterie.lm.base import BaseModel
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
@@ -261,14 +261,11 @@ class LocalEngine:
     def _forward(self, work: Pass) -> None:
         device = self.base.device
         self.cache.take(node for node in work.nodes if node.slot < 0)
-        made, order = buckets(attention_rows(work.nodes), len(work.nodes), device)
-        plan = CachePlan(
-            self.cache.keys,
-            self.cache.values,
-            torch.tensor([node.slot for node in work.nodes], device=device),
-            made,
-            order,
-        )
+        rows = attention_rows(work.nodes)
+        listed = sights(rows, work.nodes) if self.base.kernels is not None else None
+        made, order = buckets(rows, len(work.nodes), device) if listed is None else ((), None)
+        slots = torch.tensor([node.slot for node in work.nodes], device=device)
+        plan = CachePlan(self.cache.keys, self.cache.values, slots, made, order, listed)
         segments = [(self.base.bank.get(v), start, end) for v, start, end in work.segments if v is not None]
         hidden = self.base.hidden(
             torch.tensor([node.token for node in work.nodes], device=device),
@@ -276,8 +273,9 @@ class LocalEngine:
             plan,
             segments,
         )
-        for index in work.wanted:
-            work.nodes[index].hidden = hidden[index].clone()
+        wanted = hidden.index_select(0, torch.tensor(work.wanted, device=device))
+        for index, state in zip(work.wanted, wanted.unbind(), strict=True):
+            work.nodes[index].hidden = state
         self.tokens_computed += len(work.nodes)
 
     # -- sampling -----------------------------------------------------------------------------------------------
@@ -317,27 +315,24 @@ class LocalEngine:
         for run in runs:
             groups.setdefault((id(run.node), run.request.temperature, id(run.request.bias)), []).append(run)
         heads = [members[0] for members in groups.values()]
-        logits = self.base.logits(torch.stack([run.node.hidden for run in heads if run.node.hidden is not None]))
-        for run, row in zip(heads, logits, strict=True):
-            for token, value in (run.request.bias or {}).items():
-                # a finite floor forbids as well as -inf does, and keeps 0 * z out of NaN
-                row[token] += max(value, _FORBIDDEN)
-        temperatures = [run.request.temperature or 1.0 for run in heads]
-        if any(temperature != 1.0 for temperature in temperatures):
-            logits /= torch.tensor(temperatures, device=logits.device)[:, None]
-        probs = logits.softmax(-1)
+        hidden = torch.stack([run.node.hidden for run in heads if run.node.hidden is not None])
+        logits = self.base.rough_logits(hidden)
+        if any(run.request.bias for run in heads):
+            logits = logits.float()
+            for run, row in zip(heads, logits, strict=True):
+                for token, value in (run.request.bias or {}).items():
+                    # a finite floor forbids as well as -inf does, and keeps 0 * z out of NaN
+                    row[token] += max(value, _FORBIDDEN)
         members = [run for group in groups.values() for run in group]
         rows = [number for number, group in enumerate(groups.values()) for _ in group]
-        at = torch.tensor(rows, device=logits.device)
-        tokens = sample_vocabulary(probs, at, [uniform(run.request.seed, len(run.tokens)) for run in members])
-        if any(run.request.temperature == 0 for run in members):
-            greedy = torch.tensor([run.request.temperature == 0 for run in members], device=logits.device)
-            tokens = torch.where(greedy, logits.argmax(-1).index_select(0, at), tokens)
-        chosen = probs[at, tokens].log().tolist()
-        firsts = torch.tensor([rows.index(number) for number in range(len(heads))], device=logits.device)
-        entropy = vocabulary_entropy(logits, probs, tokens.index_select(0, firsts)).tolist()
-        for run, number, token, logprob in zip(members, rows, tokens.tolist(), chosen, strict=True):
-            self._advance(run, token, logprob, entropy[number], None)
+        drawn = draw(
+            logits,
+            rows,
+            [uniform(run.request.seed, len(run.tokens)) if run.request.temperature else GREEDY for run in members],
+            [run.request.temperature or 1.0 for run in heads],
+        )
+        for run, number, token, logprob in zip(members, rows, drawn.tokens, drawn.logprobs, strict=True):
+            self._advance(run, token, logprob, drawn.entropies[number], None)
 
     def _advance(self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None) -> None:
         run.tokens.append(token)

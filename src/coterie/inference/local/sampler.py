@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from coterie.inference.sampling import Distribution as Distribution
 from coterie.inference.sampling import uniform as uniform
+from coterie.lm.native import kernels_for
 
 
 def bias_row(allowed: tuple[int, ...], bias: Mapping[int, float] | None) -> list[float] | None:
@@ -37,6 +39,47 @@ def distributions(logprobs: Tensor, allowed: tuple[int, ...]) -> list[Distributi
         Distribution(allowed, tuple(p), tuple(lp), tuple(accumulate(p)), h)
         for p, lp, h in zip(probs.tolist(), logprobs.tolist(), entropy.tolist(), strict=True)
     ]
+
+
+GREEDY = -1.0
+"""In place of a uniform number: the likeliest token is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens drawn from rows of logits."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    entropies: list[float]
+    """Of the rows, in nats."""
+
+
+def draw(logits: Tensor, rows: list[int], uniforms: list[float], temperatures: list[float]) -> Drawn:
+    """Draw from softmax(logits / temperature), without gradients.
+
+    Args:
+        logits: (n, vocabulary), finite; overwritten.
+        rows: the row each of the m draws is from; every row is drawn from.
+        uniforms: the number in [0, 1) that decides each draw, or `GREEDY`.
+        temperatures: of the rows (n), positive.
+    """
+    kernels = kernels_for(logits.dtype, logits.device)
+    if kernels is not None:
+        return Drawn(*kernels.sample(logits.contiguous(), rows, uniforms, temperatures))
+    logits = logits.float()
+    if any(temperature != 1.0 for temperature in temperatures):
+        logits /= torch.tensor(temperatures, device=logits.device)[:, None]
+    probs = logits.softmax(-1)
+    at = torch.tensor(rows, device=logits.device)
+    tokens = sample_vocabulary(probs, at, [max(u, 0.0) for u in uniforms])
+    if GREEDY in uniforms:
+        greedy = torch.tensor([u == GREEDY for u in uniforms], device=logits.device)
+        tokens = torch.where(greedy, logits.argmax(-1).index_select(0, at), tokens)
+    chosen = probs[at, tokens].log().tolist()
+    firsts = torch.tensor([rows.index(number) for number in range(len(logits))], device=logits.device)
+    entropy = vocabulary_entropy(logits, probs, tokens.index_select(0, firsts)).tolist()
+    return Drawn(tokens.tolist(), chosen, entropy)
 
 
 _CHUNK = 256

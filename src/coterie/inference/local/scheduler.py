@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie.inference.local.cache import Node
-from coterie.lm.attention import Bucket, Trunk
+from coterie.lm.attention import Bucket, Sights, Trunk
 from coterie.types import AdapterVersion
 
 
@@ -114,6 +114,33 @@ def attention_rows(nodes: Sequence[Node]) -> list[Row]:
         )
         for head, chain in chains.items()
     ]
+
+
+LONGEST_LISTED = 512
+"""Keys a chain of several new tokens may see for lists to be quicker than products of whole matrices."""
+
+
+def sights(rows: Sequence[Row], nodes: Sequence[Node]) -> Sights | None:
+    """What each new token sees, as lists; None where a row has many tokens that see many keys."""
+    if any(len(row.queries) > 1 and len(row.keys) > LONGEST_LISTED for row in rows):
+        return None
+    first, seen = np.zeros(len(nodes), np.int64), np.zeros(len(nodes), np.int32)
+    listed: list[int] = []
+    for row in rows:
+        begins, length, new = len(listed), len(row.keys), len(row.queries)
+        listed += row.keys
+        if new == 1:
+            first[row.queries[0]], seen[row.queries[0]] = begins, length
+        else:
+            first[row.queries] = begins
+            seen[row.queries] = np.arange(length - new + 1, length + 1)
+    return Sights(
+        torch.tensor(listed, dtype=torch.int32),
+        torch.from_numpy(first),
+        torch.from_numpy(seen),
+        int(seen.max()),
+        torch.tensor([node.slot for node in nodes], dtype=torch.int32),
+    )
 
 
 TRUNK_TOKENS = 24
