@@ -120,12 +120,18 @@ class Adapter:
             )
         return self._cast[1]
 
-    def add_gradient(self, name: str, of_a: Tensor, of_b: Tensor, scale: float) -> None:
-        """Add (rank, in) and `scale` times (out, rank), in any dtype, to the gradients of a layer, if it is trained."""
+    def add_gradient(self, name: str, grad_h: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> None:
+        """Add what some tokens give to the gradients of a layer's A and B, if the adapter is trained.
+
+        Args:
+            grad_h: dy B (tokens, rank), without the scaling.
+            x: (tokens, in); h: x A^T (tokens, rank); grad: dy (tokens, out).
+        """
         a, b = self.a[name].grad, self.b[name].grad
         if a is not None and b is not None:
-            a.add_(of_a)
-            b.add_(of_b, alpha=scale)
+            # thin products in the layouts that matrix libraries are fast at (up to five times here)
+            a.add_(grad_h.t() @ x, alpha=self.scaling)
+            b.add_((h.t() @ grad).t(), alpha=self.scaling)
 
     def touch(self) -> None:
         """The weights changed: copies of them are forgotten."""

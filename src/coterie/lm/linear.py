@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coterie.lm.adapter import Segment
 from coterie.lm.products import BackMatrix, PackedMatrix, frozen_linear
 from coterie.lm.route import Route
 
@@ -66,7 +65,7 @@ class Siblings:
             return self.products(x)
         # autograd asks for a reason to come back here even where x, an embedding, needs no gradient
         reason = segments[0][0].a[self.adapted[0][1]] if segments else None
-        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, segments)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, self._route)  # type: ignore[no-untyped-call]
         return found
 
     def products(self, x: Tensor) -> Sequence[Tensor]:
@@ -84,19 +83,22 @@ class _Adapted(torch.autograd.Function):
     """Sibling layers with the routed adapters; keeps x and the (tokens, rank) products only."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, reason: Tensor | None, siblings: Siblings, segments: Sequence[Segment]
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, reason: Tensor | None, siblings: Siblings, route: Route | None) -> Any:
         outs = tuple(siblings.products(x))
-        inner = []
-        for adapter, start, end in segments:
-            factors, own = adapter.factors(x.dtype), x[start:end]
-            for place, name in siblings.adapted:
-                a, b = factors[name]
-                h = functional.linear(own, a)
-                outs[place][start:end].addmm_(h, b, alpha=adapter.scaling)
-                inner.append(h)
-        ctx.siblings, ctx.segments = siblings, segments
+        adapted = [(name, outs[place]) for place, name in siblings.adapted]
+        ctx.siblings, ctx.segments, ctx.compiled = siblings, (), None
+        inner: list[Tensor] = []
+        if route is not None and adapted:
+            ctx.segments, ctx.compiled = route.one_by_one, route.compiled
+            if ctx.compiled is not None:
+                kernels, ranges = ctx.compiled
+                inner += kernels.add_low_rank(x, adapted, ranges, keep=True)
+            for adapter, start, end in ctx.segments:
+                factors, own = adapter.factors(x.dtype), x[start:end]
+                for name, out in adapted:
+                    a, b = factors[name]
+                    inner.append(functional.linear(own, a))
+                    out[start:end].addmm_(inner[-1], b, alpha=adapter.scaling)
         ctx.save_for_backward(x, *inner)
         return outs
 
@@ -106,14 +108,22 @@ class _Adapted(torch.autograd.Function):
         siblings: Siblings = ctx.siblings
         grad_x = siblings.back(grads) if ctx.needs_input_grad[0] else None
         kept = iter(inner)
+        if ctx.compiled is not None:
+            kernels, ranges = ctx.compiled
+            target = torch.zeros_like(x) if grad_x is None else grad_x
+            for place, name in siblings.adapted:
+                grad = grads[place] if grads[place].stride(1) == 1 else grads[place].contiguous()
+                for (adapter, start, end), grad_h in zip(
+                    ranges.segments, kernels.low_rank_backward(grad, name, target, ranges), strict=True
+                ):
+                    adapter.add_gradient(name, grad_h, x[start:end], next(kept), grad[start:end])
         for adapter, start, end in ctx.segments:
             factors, own = adapter.factors(x.dtype), x[start:end]
             for place, name in siblings.adapted:
                 a, b = factors[name]
                 grad = grads[place][start:end]
-                # thin products in the layouts that matrix libraries are fast at (up to five times here)
-                grad_h = functional.linear(grad, b).mul_(adapter.scaling)
-                adapter.add_gradient(name, grad_h.t() @ own, (next(kept).t() @ grad).t(), adapter.scaling)
+                grad_h = functional.linear(grad, b)
+                adapter.add_gradient(name, grad_h, own, next(kept), grad)
                 if grad_x is not None:
-                    grad_x[start:end].addmm_(grad_h, a)
+                    grad_x[start:end].addmm_(grad_h, a, alpha=adapter.scaling)
         return grad_x, None, None, None

@@ -19,8 +19,8 @@ from coterie.lm.native import Kernels, Ranges
 
 PADDED_SEGMENTS = 6
 """Ranges of unlike length from which padding them is quicker than one after the other."""
-COMPILED_TOKENS = 64
-"""Tokens a range up to which the compiled kernel is quicker than matrix products."""
+COMPILED_RANK = 16
+"""Rank up to which the compiled kernel is quicker than matrix products, whose inner dimension is too short for them."""
 PADDED_TOKENS = 48
 """Tokens a range up to which that holds."""
 
@@ -82,7 +82,7 @@ class Route:
         self._kernels = kernels
         self._single: tuple[Segment, ...] = ()
         self._batched: tuple[Batched, ...] = ()
-        self._few: Ranges | None = None
+        self._low: Ranges | None = None
         self._before: Ranges | None = None
         """Of an earlier pass, for what can be used again."""
 
@@ -90,16 +90,26 @@ class Route:
         """From now on packed tokens [start, end) of each segment go through its adapter."""
         self.segments = tuple(segments)
         self._single, self._batched = (), ()
-        before, self._few = self._few or self._before, None
+        before, self._low = self._low or self._before, None
         self._before = before
-        if torch.is_grad_enabled():
-            return
-        if self._kernels is None:
+        if self._kernels is not None:
+            low = [segment for segment in segments if segment[0].rank <= COMPILED_RANK]
+            self._single = tuple(segment for segment in segments if segment[0].rank > COMPILED_RANK)
+            self._low = Ranges(low, self._kernels.dtype, before) if low else None
+        elif torch.is_grad_enabled():
+            self._single = self.segments
+        else:
             self._single, self._batched = _divide(segments, device)
-            return
-        few = [segment for segment in segments if segment[2] - segment[1] <= COMPILED_TOKENS]
-        self._single = tuple(segment for segment in segments if segment[2] - segment[1] > COMPILED_TOKENS)
-        self._few = Ranges(few, self._kernels.dtype, before) if few else None
+
+    @property
+    def one_by_one(self) -> tuple[Segment, ...]:
+        """Of a pass with gradients: segments that matrix products serve."""
+        return self._single
+
+    @property
+    def compiled(self) -> tuple[Kernels, Ranges] | None:
+        """Of a pass with gradients: what the compiled kernel serves, if there is any."""
+        return (self._kernels, self._low) if self._kernels is not None and self._low is not None else None
 
     def add_updates(self, x: Tensor, outs: Sequence[tuple[str, Tensor]]) -> None:
         """Add (alpha / rank) (x A^T) B^T of every range to what the layers `outs` (name, (tokens, out)) made of
@@ -111,8 +121,9 @@ class Route:
                 out[start:end].addmm_(functional.linear(own, a), b_t, alpha=adapter.scaling)
         for group in self._batched:
             group.add_updates(x, outs)
-        if self._few is not None and self._kernels is not None:
-            self._kernels.add_low_rank(x, outs, self._few)
+        if self.compiled is not None:
+            kernels, ranges = self.compiled
+            kernels.add_low_rank(x, outs, ranges)
 
 
 def _divide(segments: Sequence[Segment], device: torch.device) -> tuple[tuple[Segment, ...], tuple[Batched, ...]]:

@@ -27,7 +27,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "swiglu": (_P, _N, _P, _N, _P, _N, _N, _I),
     "swiglu_backward": (_P, _P, _N, _P, _N, _P, _P, _N, _N, _I),
     "attend": (_P, _N, _P, _N, _P, _N, _P, _P, _N, _P, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
-    "add_low_rank": (_P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I),
+    "add_low_rank": (_P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _P, _N, _N, _N, _P, _I),
     "summarise": (_P, _N, _N, _P, _P, _P, _P, _P, _P, _I),
     "softmax_backward": (_P, _N, _N, _P, _P, _P, _P, _P, _P, _I),
     "masked_softmax": (_P, _P, _F, _N, _N, _N, _I),
@@ -69,12 +69,14 @@ class Ranges:
         if known is None or not same or any(a is not b for a, b in zip(known.factors, factors, strict=True)):
             known = Addresses(factors)
         self.addresses: Addresses = known
+        self.segments = tuple(segments)
         self.count = count = len(segments)
         self.ranks = (c_int64 * count)(*(adapter.rank for adapter, _, _ in segments))
         self.scales = (c_float * count)(*(adapter.scaling for adapter, _, _ in segments))
         self.starts = (c_int64 * count)(*(start for _, start, _ in segments))
         self.ends = (c_int64 * count)(*(end for _, _, end in segments))
         self.most_rank = max(adapter.rank for adapter, _, _ in segments)
+        self.sizes = [(end - start, adapter.rank) for adapter, start, end in segments]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,18 +202,34 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def add_low_rank(self, x: Tensor, outs: Sequence[tuple[str, Tensor]], ranges: Ranges) -> None:
-        """Add the low-rank updates of x (n, fan_in), each range by its adapter, to what the layers of `outs` (name,
-        (n, fan_out)) made of it."""
+    def add_low_rank(
+        self, x: Tensor, outs: Sequence[tuple[str, Tensor]], ranges: Ranges, *, keep: bool = False
+    ) -> list[Tensor]:
+        """Add scale x A^T B of each range's adapter to what the layers of `outs` (name, (n, fan_out)) made of
+        x (n, fan_in); B stands transposed here (rank, fan_out).
+
+        Returns x A^T (tokens, rank) of every range in the first layer, then in the next, if they are to be kept.
+        """
         a, b = ranges.addresses.of(tuple(name for name, _ in outs))
+        return self._low_rank(x, [out for _, out in outs], a, b, ranges, keep)
+
+    def low_rank_backward(self, grad: Tensor, name: str, grad_x: Tensor, ranges: Ranges) -> list[Tensor]:
+        """Add the way back through one layer's updates, scale dy B^T A, to `grad_x`; returns dy B^T (tokens, rank) of
+        every range, without the scale."""
+        a, b = ranges.addresses.of((name,))
+        return self._low_rank(grad, [grad_x], b, a, ranges, True)
+
+    def _low_rank(self, x: Tensor, outs: Sequence[Tensor], a: Any, b: Any, ranges: Ranges, keep: bool) -> list[Tensor]:
         layers = len(outs)
         numbers, places = c_int64 * layers, c_void_p * layers
+        kept = [x.new_empty(size) for _ in outs for size in ranges.sizes] if keep else []
         self._add_low_rank(
-            x.data_ptr(), x.stride(0), places(*(out.data_ptr() for _, out in outs)),
-            numbers(*(out.stride(0) for _, out in outs)), numbers(*(out.shape[1] for _, out in outs)), layers, a, b,
+            x.data_ptr(), x.stride(0), places(*(out.data_ptr() for out in outs)),
+            numbers(*(out.stride(0) for out in outs)), numbers(*(out.shape[1] for out in outs)), layers, a, b,
             ranges.ranks, ranges.scales, ranges.starts, ranges.ends, ranges.count, x.shape[1], ranges.most_rank,
-            torch.get_num_threads(),
+            (c_void_p * len(kept))(*(inner.data_ptr() for inner in kept)) if keep else None, torch.get_num_threads(),
         )  # fmt: skip
+        return kept
 
     def sample(
         self, logits: Tensor, rows: Sequence[int], uniforms: Sequence[float], temperatures: Sequence[float]

@@ -391,13 +391,18 @@ template <int N> inline void against_row(const bf16* x, int64_t x_row, const bf1
         for (int t = 0; t < N; t++) out[t] += load(row[i]) * load(x[t * x_row + i]);
 }
 
-// out += scale (x A^T) B of N tokens; A (rank, fan_in), B (rank, fan_out)
+// out += scale (x A^T) B of N tokens; A (rank, fan_in), B (rank, fan_out). Where `kept` is not null, x A^T goes there.
 template <class T, int N>
 void low_rank(const T* x, int64_t x_row, T* out, int64_t out_row, const T* a, const T* b, int64_t rank, int64_t fan_in,
-              int64_t fan_out, float scale, float* inner) {
+              int64_t fan_out, float scale, float* inner, T* kept) {
     for (int64_t j = 0; j < rank; j++) {
         against_row<N>(x, x_row, a + j * fan_in, fan_in, inner + j * N);
-        for (int t = 0; t < N; t++) inner[j * N + t] = rounded<T>(inner[j * N + t]) * scale;
+        for (int t = 0; t < N; t++) {
+            T narrow;
+            store(narrow, inner[j * N + t]);
+            if (kept) kept[t * rank + j] = narrow;
+            inner[j * N + t] = load(narrow) * scale;
+        }
     }
     int64_t o = 0;
     for (; o + WIDE <= fan_out; o += WIDE) {
@@ -418,11 +423,12 @@ void low_rank(const T* x, int64_t x_row, T* out, int64_t out_row, const T* a, co
 }
 
 // Ranges of tokens [starts, ends) go through adapters of their own, in each of `layers` that read the same x: layer l
-// writes rows of fan_out[l] to out[l], and the factors of range r there are a[l * ranges + r] and b[l * ranges + r].
+// writes rows of fan_out[l] to out[l], and the factors of range r there are a[l * ranges + r] and b[l * ranges + r]. If
+// `kept` is not null, x A^T of range r in layer l, (tokens, rank), goes to kept[l * ranges + r].
 template <class T>
 void add_low_rank(const T* x, int64_t x_row, T* const* out, const int64_t* out_row, const int64_t* fan_out, int64_t layers,
                   const T* const* a, const T* const* b, const int64_t* ranks, const float* scales, const int64_t* starts,
-                  const int64_t* ends, int64_t ranges, int64_t fan_in, int64_t most_rank, int threads) {
+                  const int64_t* ends, int64_t ranges, int64_t fan_in, int64_t most_rank, T* const* kept, int threads) {
     std::vector<int64_t> range, first;
     for (int64_t r = 0; r < ranges; r++)
         for (int64_t t = starts[r]; t < ends[r]; t += TOGETHER) {
@@ -439,13 +445,12 @@ void add_low_rank(const T* x, int64_t x_row, T* const* out, const int64_t* out_r
             for (int64_t l = 0; l < layers; l++) {
                 const int64_t r = range[p], t = first[p], rank = ranks[r], row = out_row[l], wide = fan_out[l];
                 const T *in = x + t * x_row, *left = a[l * ranges + r], *right = b[l * ranges + r];
-                T* to = out[l] + t * row;
-                switch (ends[r] - t) {
-                    case 1: low_rank<T, 1>(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner); break;
-                    case 2: low_rank<T, 2>(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner); break;
-                    case 3: low_rank<T, 3>(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner); break;
-                    default: low_rank<T, 4>(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner);
-                }
+                T *to = out[l] + t * row, *keep = kept ? kept[l * ranges + r] + (t - starts[r]) * rank : nullptr;
+                auto run = ends[r] - t == 1   ? low_rank<T, 1>
+                           : ends[r] - t == 2 ? low_rank<T, 2>
+                           : ends[r] - t == 3 ? low_rank<T, 3>
+                                              : low_rank<T, 4>;
+                run(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner, keep);
             }
     }
 }
@@ -586,9 +591,9 @@ void softmax_backward(const T* logits, int64_t rows, int64_t size, const float* 
     EXPORT void add_low_rank_##S(const T* x, int64_t x_row, T* const* out, const int64_t* out_row, const int64_t* fan_out,  \
                                  int64_t layers, const T* const* a, const T* const* b, const int64_t* ranks,                \
                                  const float* scales, const int64_t* starts, const int64_t* ends, int64_t ranges,           \
-                                 int64_t fan_in, int64_t most_rank, int threads) {                                          \
+                                 int64_t fan_in, int64_t most_rank, T* const* kept, int threads) {                          \
         add_low_rank(x, x_row, out, out_row, fan_out, layers, a, b, ranks, scales, starts, ends, ranges, fan_in, most_rank, \
-                     threads);                                                                                              \
+                     kept, threads);                                                                                        \
     }                                                                                                                       \
     EXPORT void summarise_##S(const T* logits, int64_t rows, int64_t size, const float* sharpness, double* log_z,           \
                               double* entropy, double* chunks, int64_t* best, float* most, int threads) {                   \
