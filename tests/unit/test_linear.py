@@ -10,19 +10,12 @@ from torch import nn
 
 from coterie.lm.adapter import Adapter, AdapterPool
 from coterie.lm.linear import BankLinear, Siblings
-from coterie.lm.native import Kernels, kernels_for
 from coterie.lm.products import LEAST_ROWS
 from coterie.lm.route import PADDED_SEGMENTS, Route
+from tests.support.compiled import need_kernels
 
 CPU = torch.device("cpu")
 SIZES = (("q", 24, 32), ("k", 24, 16))
-
-
-def _kernels() -> Kernels:
-    found = kernels_for(torch.float32, CPU)
-    if found is None:
-        pytest.skip("no C++ compiler here")
-    return found
 
 
 def _adapters(count: int, alphas: Sequence[float] = (16.0,), rank: int = 4) -> list[Adapter]:
@@ -75,7 +68,7 @@ def _segments(adapters: Sequence[Adapter], lengths: Sequence[int], first: int = 
 def test_siblings_are_their_layers(
     pack: bool, bias: bool, lengths: list[int], alphas: tuple[float, ...], compiled: bool
 ) -> None:
-    route = Route(_kernels() if compiled else None)
+    route = Route(need_kernels() if compiled else None)
     layers = _layers(route, bias=bias)
     siblings = Siblings(layers, pack=pack)
     adapters = _adapters(len(lengths), alphas)

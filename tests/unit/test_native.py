@@ -18,6 +18,7 @@ from coterie.lm.adapter import Adapter, AdapterPool
 from coterie.lm.functions import rms_norm, rotate, swiglu
 from coterie.lm.native import Kernels, Ranges, build, kernels_for
 from coterie.training.loss import chosen, entropy
+from tests.support.compiled import need_kernels
 
 CPU = torch.device("cpu")
 CLOSE: dict[torch.dtype, dict[str, float]] = {
@@ -28,10 +29,7 @@ CLOSE: dict[torch.dtype, dict[str, float]] = {
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    found = kernels_for(request.param, CPU)
-    if found is None:
-        pytest.skip(f"no kernels here: {build.library().problem}")
-    return found
+    return need_kernels(request.param)
 
 
 @pytest.fixture(params=[1, 2])
@@ -165,10 +163,10 @@ def test_low_rank_updates(kernels: Kernels, threads: int, lengths: list[int], fa
             a, b = adapter.factors(kernels.dtype)[name]
             expected[start:end] += adapter.scaling * (x[start:end].float() @ a.float().t()) @ b.float()
         _same(found, expected)
-    again = Ranges(segments, kernels.dtype, ranges)
+    again = Ranges(segments, kernels.dtype, ranges.addresses)
     assert again.addresses is ranges.addresses
     segments[0][0].touch()
-    assert Ranges(segments, kernels.dtype, ranges).addresses is not ranges.addresses
+    assert Ranges(segments, kernels.dtype, ranges.addresses).addresses is not ranges.addresses
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (4, 40, 300)])
@@ -218,9 +216,7 @@ def test_draws_are_those_of_the_cumulative_probability(kernels: Kernels, threads
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_the_gradient_of_chosen_log_probabilities(data: st.DataObject) -> None:
-    kernels = kernels_for(torch.float32, CPU)
-    if kernels is None:
-        pytest.skip("no kernels here")
+    kernels = need_kernels()
     rows, size = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 300))
     picks = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, size - 1)), min_size=1, max_size=6))
     temperature = data.draw(st.sampled_from([1.0, 0.5, 1.7]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.lm.adapter import AdapterPool, Segment
-from coterie.lm.native import Kernels, Ranges
+from coterie.lm.native import Addresses, Kernels, Ranges
 
 PADDED_SEGMENTS = 6
 """Ranges of unlike length from which padding them is quicker than one after the other."""
@@ -83,19 +83,20 @@ class Route:
         self._single: tuple[Segment, ...] = ()
         self._batched: tuple[Batched, ...] = ()
         self._low: Ranges | None = None
-        self._before: Ranges | None = None
-        """Of an earlier pass, for what can be used again."""
+        self._known: Addresses | None = None
+        """Of an earlier pass: decoding asks for the same adapters again and again."""
 
     def lead(self, segments: Sequence[Segment], device: torch.device) -> None:
         """From now on packed tokens [start, end) of each segment go through its adapter."""
         self.segments = tuple(segments)
         self._single, self._batched = (), ()
-        before, self._low = self._low or self._before, None
-        self._before = before
+        self._low = None
         if self._kernels is not None:
             low = [segment for segment in segments if segment[0].rank <= COMPILED_RANK]
             self._single = tuple(segment for segment in segments if segment[0].rank > COMPILED_RANK)
-            self._low = Ranges(low, self._kernels.dtype, before) if low else None
+            if low:
+                self._low = Ranges(low, self._kernels.dtype, self._known)
+                self._known = self._low.addresses
         elif torch.is_grad_enabled():
             self._single = self.segments
         else:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -43,7 +44,18 @@ _QUIET_ROUNDS = 3
 class _Run:
     """One request on its way."""
 
-    __slots__ = ("allowed", "born", "entropy", "future", "logprobs", "node", "request", "tokens", "trie")
+    __slots__ = (
+        "allowed",
+        "born",
+        "distribution",
+        "entropy",
+        "future",
+        "logprobs",
+        "node",
+        "request",
+        "tokens",
+        "trie",
+    )
 
     def __init__(self, request: GenerateRequest, node: Node, trie: TrieNode | None) -> None:
         self.request = request
@@ -53,6 +65,8 @@ class _Run:
         self.logprobs: list[float] = []
         self.entropy: list[float] = []
         self.allowed: list[tuple[int, ...]] = []
+        self.distribution: Distribution | None = None
+        """Of the choice made last."""
         self.born = time.perf_counter()
         self.future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
 
@@ -115,7 +129,9 @@ class LocalEngine:
     def _enqueue(self, request: GenerateRequest) -> asyncio.Future[Generation]:
         self._check(request)
         trie = build_trie(request.choices, self._stop_id(request)) if request.choices is not None else None
-        run = _Run(request, self.cache.node(request.adapter, request.prompt_ids), trie)
+        return self._wait(_Run(request, self.cache.node(request.adapter, request.prompt_ids), trie))
+
+    def _wait(self, run: _Run) -> asyncio.Future[Generation]:
         self._runs.append(run)
         if not self._stepping:
             self._stepping = True
@@ -144,6 +160,7 @@ class LocalEngine:
     async def _exact(self, request: GenerateRequest) -> Generation:
         """Exact probability of every choice, by walking all branches of the trie."""
         assert request.choices is not None
+        self._check(request)
         root = build_trie(request.choices, self._stop_id(request))
         probs = [0.0] * len(request.choices)
         stack: list[tuple[TrieNode, tuple[int, ...], float]] = [(root, (), 1.0)]
@@ -164,10 +181,10 @@ class LocalEngine:
                 choices=tuple((token,) for token in trie.allowed),
                 bias=request.bias,
             )
-            await self._enqueue(at)
-            node = self.cache.node(at.adapter, at.prompt_ids)
-            distribution = self._distribution_at(node, trie.allowed, at.bias, at.temperature)
-            for token, p in zip(distribution.allowed, distribution.probs, strict=True):
+            run = _Run(at, self.cache.node(at.adapter, at.prompt_ids), build_trie(at.choices or (), None))
+            await self._wait(run)
+            assert run.distribution is not None
+            for token, p in zip(run.distribution.allowed, run.distribution.probs, strict=True):
                 stack.append((trie.children[token], (*path, token), mass * p))
         return Generation(
             prompt_ids=request.prompt_ids, token_ids=(), logprobs=(), allowed=(), entropy=(),
@@ -281,33 +298,38 @@ class LocalEngine:
     # -- sampling -----------------------------------------------------------------------------------------------
 
     def _sample(self, runs: list[_Run]) -> None:
+        choosing = [run for run in runs if run.trie is not None]
         free = [run for run in runs if run.trie is None]
-        for run in runs:
-            if run.trie is not None:
-                request = run.request
-                at = self._distribution_at(run.node, run.trie.allowed, request.bias, request.temperature)
-                u = uniform(request.seed, len(run.tokens))
-                token, logprob = at.sample(u) if request.temperature else at.greedy()
-                self._advance(run, token, logprob, at.entropy, at.allowed)
+        for run, at in zip(choosing, self._distributions_at(choosing), strict=True):
+            request = run.request
+            run.distribution = at
+            token, logprob = at.sample(uniform(request.seed, len(run.tokens))) if request.temperature else at.greedy()
+            self._advance(run, token, logprob, at.entropy, at.allowed)
         if free:
             self._sample_free(free)
 
-    def _distribution_at(
-        self, node: Node, allowed: tuple[int, ...], bias: Mapping[int, float] | None, temperature: float
-    ) -> Distribution:
-        row = bias_row(allowed, bias)
-        key = (allowed, temperature, tuple(row) if row else None)
-        found = node.memo.get(key)
-        if found is None:
-            assert node.hidden is not None
+    @torch.no_grad()
+    def _distributions_at(self, runs: Sequence[_Run]) -> list[Distribution]:
+        """What each run chooses from: one product for all that choose among the same tokens in the same way."""
+        keys: list[tuple[tuple[int, ...], float, tuple[float, ...] | None]] = []
+        missing: dict[Any, dict[int, Node]] = {}
+        for run in runs:
+            assert run.trie is not None
+            row = bias_row(run.trie.allowed, run.request.bias)
+            key = (run.trie.allowed, run.request.temperature, None if row is None else tuple(row))
+            keys.append(key)
+            if key not in run.node.memo:
+                missing.setdefault(key, {})[id(run.node)] = run.node
+        for key, nodes in missing.items():
+            allowed, temperature, bias = key
             rows = self._rows.get(allowed)
             if rows is None:
                 rows = self._rows[allowed] = torch.tensor(allowed, device=self.base.device)
-            with torch.no_grad():
-                logprobs = scaled_logprobs(self.base.logits(node.hidden[None], rows), row, temperature)
-            found = node.memo[key] = distributions(logprobs, allowed)[0]
-        assert isinstance(found, Distribution)
-        return found
+            hidden = torch.stack([node.hidden for node in nodes.values() if node.hidden is not None])
+            logprobs = scaled_logprobs(self.base.logits(hidden, rows), bias and list(bias), temperature)
+            for node, found in zip(nodes.values(), distributions(logprobs, allowed), strict=True):
+                node.memo[key] = found
+        return [cast(Distribution, run.node.memo[key]) for run, key in zip(runs, keys, strict=True)]
 
     @torch.no_grad()
     def _sample_free(self, runs: list[_Run]) -> None:

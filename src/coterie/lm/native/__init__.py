@@ -61,10 +61,9 @@ class Addresses:
 class Ranges:
     """Ranges of tokens and the adapters they go through, as `Kernels.add_low_rank` takes them."""
 
-    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, before: Ranges | None = None) -> None:
-        """`before`: other ranges, whose addresses are used again if they are of the same adapters."""
+    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, known: Addresses | None = None) -> None:
+        """`known`: those of earlier ranges, used again if they are of the same adapters."""
         factors = [adapter.factors(dtype) for adapter, _, _ in segments]
-        known: Addresses | None = before.addresses if before is not None else None
         same = known is not None and len(known.factors) == len(factors)
         if known is None or not same or any(a is not b for a, b in zip(known.factors, factors, strict=True)):
             known = Addresses(factors)

@@ -1,4 +1,4 @@
-"""Compile `kernels.cpp` for this processor, once, and load it.
+"""Compile `kernels.cpp`, with the headers beside it, for this processor, once, and load it.
 
     source, compiler, options, processor -> digest -> <cache>/kernels/<digest>.so, made aside and renamed
 
@@ -93,15 +93,15 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _said(error: Exception) -> str:
-    said = str(getattr(error, "stderr", "") or error).strip().splitlines()
-    return said[0][:200] if said else type(error).__name__
+    said = str(getattr(error, "stderr", "") or error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in said if "error" in line), said[0])[:200]
 
 
 def _digest(source: Path, compiler: str) -> str:
-    parts = [source.read_bytes(), compiler.encode(), repr((_ALWAYS, _OPTIONS)).encode(), _processor().encode()]
-    with_size = os.stat(compiler)
-    parts.append(f"{with_size.st_size} {int(with_size.st_mtime)}".encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    there = os.stat(compiler)
+    told = [compiler, f"{there.st_size} {int(there.st_mtime)}", repr((_ALWAYS, _OPTIONS)), _processor()]
+    return hashlib.sha256(b"\0".join([*sources, *(text.encode() for text in told)])).hexdigest()[:24]
 
 
 def _processor() -> str:

@@ -1,0 +1,179 @@
+// Attention: of tokens to cached keys, and the softmax of attention within a pass with its way back.
+
+#pragma once
+
+#include "layers.h"
+
+namespace {
+
+// -- attention of cached keys -----------------------------------------------------------------------------------------
+
+// The product of two vectors. Of bfloat16, some processors add up pairs of products without widening them first.
+template <int D> inline float dot(const float* a, const float* b, int64_t some_dim) {
+    const int64_t dim = D ? D : some_dim;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; i++) sum += a[i] * b[i];
+    return sum;
+}
+template <int D> inline float dot(const bf16* a, const bf16* b, int64_t some_dim) {
+    const int64_t dim = D ? D : some_dim;
+#ifdef __AVX512BF16__
+    if (D && D % 32 == 0) {
+        __m512 sums = _mm512_setzero_ps();
+        for (int64_t i = 0; i < D; i += 32)
+            sums = _mm512_dpbf16_ps(sums, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+        return _mm512_reduce_add_ps(sums);
+    }
+#endif
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; i++) sum += load(a[i]) * load(b[i]);
+    return sum;
+}
+
+// The G query heads of one key head at one token. G and D are known to the compiler where they are not 0.
+template <class T, int G, int D>
+void attend_token(const T* q, const T* keys, const T* values, const int32_t* slots, int64_t seen, float scale, T* out,
+                  float* scratch, int64_t some_group, int64_t some_dim) {
+    const int64_t group = G ? G : some_group, dim = D ? D : some_dim;
+    float* scores = scratch;              // (group, seen)
+    for (int64_t n = 0; n < seen; n++) {
+        const T* key = keys + slots[n] * dim;
+        for (int64_t g = 0; g < group; g++) scores[g * seen + n] = dot<D>(q + g * dim, key, dim) * scale;
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float* row = scores + g * seen;
+        float most = row[0], sum = 0.0f;
+#pragma omp simd reduction(max : most)
+        for (int64_t n = 0; n < seen; n++) most = row[n] > most ? row[n] : most;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t n = 0; n < seen; n++) {
+            row[n] = quick_exp(row[n] - most);
+            sum += row[n];
+        }
+        float share = 1.0f / sum;
+#pragma omp simd
+        for (int64_t n = 0; n < seen; n++) row[n] = rounded<T>(row[n] * share);
+    }
+    if (G && D) {
+        float total[G ? G : 1][D ? D : 1] = {};
+        for (int64_t n = 0; n < seen; n++) {
+            const T* value = values + slots[n] * D;
+            for (int64_t g = 0; g < G; g++) {
+                float p = scores[g * seen + n];
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) total[g][i] += p * load(value[i]);
+            }
+        }
+        for (int64_t g = 0; g < G; g++)
+            for (int64_t i = 0; i < D; i++) store(out[g * D + i], total[g][i]);
+        return;
+    }
+    float* total = scores + group * seen;  // (group, dim)
+    std::memset(total, 0, group * dim * sizeof(float));
+    for (int64_t n = 0; n < seen; n++) {
+        const T* value = values + slots[n] * dim;
+        for (int64_t g = 0; g < group; g++) {
+            float p = scores[g * seen + n];
+#pragma omp simd
+            for (int64_t i = 0; i < dim; i++) total[g * dim + i] += p * load(value[i]);
+        }
+    }
+    for (int64_t i = 0; i < group * dim; i++) store(out[i], total[i]);
+}
+
+template <class T> using Attend = void (*)(const T*, const T*, const T*, const int32_t*, int64_t, float, T*, float*,
+                                           int64_t, int64_t);
+
+template <class T, int D> Attend<T> by_group(int64_t group) {
+    switch (group) {
+        case 1: return attend_token<T, 1, D>;
+        case 2: return attend_token<T, 2, D>;
+        case 3: return attend_token<T, 3, D>;
+        case 4: return attend_token<T, 4, D>;
+        case 7: return attend_token<T, 7, D>;
+        case 8: return attend_token<T, 8, D>;
+        default: return attend_token<T, 0, D>;
+    }
+}
+
+// Keys and values of the tokens go, keys rotated, to their slots; then every token asks the keys it sees.
+template <class T>
+void attend(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row, const T* cos, const T* sin,
+            int64_t angle_row, T* pool_k, T* pool_v, int64_t pool_head, const int32_t* own, const int32_t* slots,
+            const int64_t* first, const int32_t* seen, T* out, int64_t tokens, int64_t kv_heads, int64_t group, int64_t dim,
+            float scale, int64_t most_seen, int threads) {
+    Attend<T> one = dim == 64 ? by_group<T, 64>(group) : dim == 128 ? by_group<T, 128>(group) : by_group<T, 0>(group);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scratch(group * (dim + most_seen));
+        std::vector<T> turned(group * dim);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t h = 0; h < kv_heads; h++) {
+                T* place = pool_k + h * pool_head + own[t] * dim;
+                rotate_head(k + t * k_row + h * dim, place, cos + t * angle_row, sin + t * angle_row, 1.0f, dim / 2);
+                std::memcpy(pool_v + h * pool_head + own[t] * dim, v + t * v_row + h * dim, dim * sizeof(T));
+            }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t n = 0; n < tokens * kv_heads; n++) {
+            // tokens of one head follow each other: their keys are largely the same
+            int64_t h = n / tokens, t = n % tokens;
+            for (int64_t g = 0; g < group; g++)
+                rotate_head(q + t * q_row + (h * group + g) * dim, turned.data() + g * dim, cos + t * angle_row,
+                            sin + t * angle_row, 1.0f, dim / 2);
+            one(turned.data(), pool_k + h * pool_head, pool_v + h * pool_head, slots + first[t], seen[t], scale,
+                out + (t * kv_heads + h) * group * dim, scratch.data(), group, dim);
+        }
+    }
+}
+
+// -- attention within a pass --------------------------------------------------------------------------------------------
+
+// softmax(scale scores) in place over what is visible; scores (heads, n, keys), visible (n, keys) shared by all heads
+template <class T>
+void masked_softmax(T* scores, const uint8_t* visible, float scale, int64_t heads, int64_t n, int64_t keys, int threads) {
+#pragma omp parallel num_threads(threads) if (heads * n * keys > PARALLEL)
+    {
+        std::vector<float> scratch(keys);
+        float* z = scratch.data();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < heads * n; row++) {
+            T* s = scores + row * keys;
+            const uint8_t* see = visible + (row % n) * keys;
+            float most = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+#pragma omp simd reduction(max : most)
+            for (int64_t i = 0; i < keys; i++) {
+                z[i] = see[i] ? load(s[i]) * scale : -std::numeric_limits<float>::infinity();
+                most = z[i] > most ? z[i] : most;
+            }
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < keys; i++) {
+                z[i] = quick_exp(z[i] - most);
+                sum += z[i];
+            }
+            float share = 1.0f / sum;
+#pragma omp simd
+            for (int64_t i = 0; i < keys; i++) store(s[i], z[i] * share);
+        }
+    }
+}
+
+// dS = P (dP - rowsum(dO O)) scale, written over dP (rows, keys); dO and O (rows, dim)
+template <class T>
+void softmax_scores_backward(T* spread, const T* weights, const T* grad, const T* out, float scale, int64_t rows,
+                             int64_t keys, int64_t dim, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * keys > PARALLEL) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        T* d = spread + row * keys;
+        const T *p = weights + row * keys, *g = grad + row * dim, *o = out + row * dim;
+        float along = 0.0f;
+#pragma omp simd reduction(+ : along)
+        for (int64_t i = 0; i < dim; i++) along += load(g[i]) * load(o[i]);
+#pragma omp simd
+        for (int64_t i = 0; i < keys; i++) store(d[i], (load(d[i]) - along) * load(p[i]) * scale);
+    }
+}
+
+}  // namespace
