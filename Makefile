@@ -14,6 +14,10 @@ WORKERS ?= 2
 PIP_FLAGS ?= -qq
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 
+# What computes is tested once more as it is where there is no C++ compiler.
+UNCOMPILED := COTERIE_KERNELS=0 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+COMPUTING := $(patsubst %,tests/unit/test_%.py,agreement base engine learner linear sampler work)
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The extra `games`: it could share the environment, but needs a C compiler and 150 MB of packages nothing else uses.
@@ -54,6 +58,7 @@ train: model
 
 test: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(if $(ARGS),,$(UNCOMPILED) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(COMPUTING))
 
 test-games: $(GAMES_VENV)/.ready
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(GAMES_VENV)/bin/python -m pytest tests/games $(ARGS)

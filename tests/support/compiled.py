@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from coterie.lm.native import Kernels, build, kernels_for
+from coterie.lm.native import build
+from coterie.lm.native.kernels import Kernels, kernels_for
 
 
 def need_kernels(dtype: torch.dtype = torch.float32) -> Kernels:

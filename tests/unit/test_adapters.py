@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from coterie.errors import AdapterError
 from coterie.lm.adapter import Adapter
-from coterie.lm.adapters import load_adapter, save_adapter
+from coterie.lm.adapters import load_adapter, restore_adapter, save_adapter
 from coterie.lm.attention import TreePlan
 from coterie.lm.base import BaseModel
 from coterie.lm.forest import pack
@@ -64,6 +64,22 @@ def test_loading_gives_back_the_weights_bit_by_bit(tiny_base: BaseModel, tmp_pat
     again = load_adapter(tmp_path / "v3", tiny_base)
     assert torch.equal(adapter.flat, again.flat)
     assert again.scaling == adapter.scaling
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_was_in_use_answers_with_the_weights_it_is_given_back(
+    make_base: MakeBase, tmp_path: Path, dtype: str
+) -> None:
+    base = make_base(dtype=dtype)
+    adapter, tokens = _trained(base), tuple(range(30, 45))
+    save_adapter(adapter, tmp_path / "v3", base, VERSION)
+    saved = _logits(base, adapter, tokens)
+    with torch.no_grad():
+        adapter.flat.mul_(2.0)
+    adapter.touch()
+    assert not torch.equal(_logits(base, adapter, tokens), saved)
+    restore_adapter(adapter, tmp_path / "v3", base, VERSION)
+    assert torch.equal(_logits(base, adapter, tokens), saved)
 
 
 def test_versions_are_never_overwritten(tiny_base: BaseModel, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from coterie.cli.main import app
 from coterie.config import parse_config
 from coterie.doctor import machine, packages, servers
 from coterie.doctor.findings import Finding, Level, as_json, as_lines, worst
-from coterie.doctor.machine import Machine, check_base, check_disk, check_machine, read_machine
+from coterie.doctor.machine import Machine, check_base, check_disk, check_kernels, check_machine, read_machine
 from coterie.doctor.packages import check_packages, check_shadows, check_torch_build, torch_cuda, unmet
 from coterie.doctor.runs import check_adapters, check_run
 from coterie.doctor.servers import check_servers
@@ -27,6 +27,7 @@ from coterie.inference.fake import FakeServer, write_adapter
 from coterie.inference.wire import server_spec
 from coterie.lm.adapters import save_adapter
 from coterie.lm.base import BaseModel
+from coterie.lm.native.build import Library
 from coterie.runs.directory import RunDirectory
 from coterie.types import AdapterVersion
 
@@ -113,6 +114,21 @@ def test_a_machine_is_read(tmp_path: Path) -> None:
     assert read_machine({}, tmp_path).quota is None
     nowhere = read_machine({}, tmp_path / "nothing")
     assert (nowhere.quota, nowhere.memory, nowhere.flags, nowhere.gpu) == (None, None, frozenset(), False)
+
+
+@pytest.mark.parametrize(
+    ("state", "level", "words"),
+    [
+        (Library(Path("/cache/1.so")), Level.OK, "compiled for this processor"),
+        (Library(None, compiler="/usr/bin/c++"), Level.OK, "/usr/bin/c++ at the first run"),
+        (Library(None, "no C++ compiler is here"), Level.NOTE, "no C++ compiler is here"),
+    ],
+)
+def test_whether_kernels_are_compiled_is_told(state: Library, level: Level, words: str) -> None:
+    (found,) = check_kernels(state)
+    assert found.level is level
+    assert words in found.message
+    assert ("g++" in found.mend) == (level is Level.NOTE)
 
 
 def test_disk_space_is_looked_at_where_things_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +18,23 @@ from coterie.inference.local.engine import LocalEngine
 from coterie.inference.local.sampler import uniform
 from coterie.lm.base import BaseModel
 from coterie.types import AdapterVersion, GenerateRequest, Generation
+from tests.conftest import MakeBase
 
 A0, B0 = AdapterVersion("a", 0), AdapterVersion("b", 0)
 
 
-@pytest.fixture
-def engine(tiny_base: BaseModel) -> LocalEngine:
+def _engine(base: BaseModel) -> LocalEngine:
     for number, (name, rank) in enumerate((("a", 4), ("b", 7))):
-        adapter = tiny_base.bank.add(name, rank, 2.0 * rank, number)
+        adapter = base.bank.add(name, rank, 2.0 * rank, number)
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             adapter.flat.add_(0.1 * torch.randn(adapter.flat.shape, generator=generator))
-    return LocalEngine(tiny_base, cache_tokens=512, tokens_per_pass=64)
+    return LocalEngine(base, cache_tokens=512, tokens_per_pass=64)
+
+
+@pytest.fixture
+def engine(tiny_base: BaseModel) -> LocalEngine:
+    return _engine(tiny_base)
 
 
 def _ask(engine: LocalEngine, requests: Sequence[GenerateRequest]) -> list[Generation]:
@@ -153,7 +160,9 @@ def test_free_text_ends_with_a_stop_token_or_at_the_limit(engine: LocalEngine) -
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 9)
 
 
-def test_after_publishing_the_old_version_is_gone_and_nothing_stale_is_served(engine: LocalEngine) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_after_publishing_the_old_version_is_gone_and_nothing_stale_is_served(make_base: MakeBase, dtype: str) -> None:
+    engine = _engine(make_base(dtype=dtype))
     request = GenerateRequest(_prompt(6), A0, seed=0, choices=((1,), (2,)), distribution=True)
     (before,) = _ask(engine, [request])
     with torch.no_grad():
@@ -317,3 +326,34 @@ def test_a_kept_version_is_asked_for_while_the_learner_changes_the_weights(engin
     bank.drop(A0)
     with pytest.raises(EngineError, match="a@v0"):
         _ask(engine, [request])
+
+
+def _crowd(**fields: Any) -> list[GenerateRequest]:
+    """Requests under the base and two adapters, some of which share prompts."""
+    made = {"max_tokens": 8, **fields}
+    return [GenerateRequest(_prompt(n % 5, 6 + n % 5), (A0, B0, None)[n % 3], seed=n, **made) for n in range(15)]
+
+
+def test_in_bfloat16_log_probabilities_are_those_of_the_policy_to_rounding(make_base: MakeBase) -> None:
+    base = make_base(dtype="bfloat16")
+    requests = [*_crowd(temperature=0.9), *_crowd(choices=CHOICES, bias={11: 1.5})]
+    off: list[float] = []
+    unadapted: list[float] = []
+    for request, made in zip(requests, _ask(_engine(base), requests), strict=True):
+        for other, found in ((request.adapter, off), (None, unadapted)):
+            exact = _reference(base, replace(request, adapter=other), made)
+            found += [abs(a - b) for a, b in zip(made.logprobs, exact, strict=True)]
+    assert sum(off) / len(off) < 0.03
+    assert max(off) < 0.15
+    assert sum(unadapted) / len(unadapted) > 0.2  # what an adapter does is far more than rounding
+
+
+def test_in_bfloat16_decoding_repeats_itself(make_base: MakeBase) -> None:
+    requests = [*_crowd(temperature=0.0), *_crowd(), *_crowd(temperature=0.0, choices=CHOICES)]
+    engine = _engine(make_base(dtype="bfloat16"))
+    first = _ask(engine, requests)
+    engine.cache.clear()
+    for again in (_ask(engine, requests), _ask(_engine(make_base(dtype="bfloat16")), requests)):
+        assert [(g.token_ids, g.logprobs) for g in again] == [(g.token_ids, g.logprobs) for g in first]
+    exact = _ask(engine, [replace(r, distribution=True) for r in requests if r.choices])
+    assert all(sum(g.choice_probs or ()) == pytest.approx(1.0, abs=1e-6) for g in exact)

@@ -210,20 +210,55 @@ def _has_gradient_of_plain_peft(
     pulls: Mapping[str, Sequence[Pull]],
 ) -> None:
     for m in MODELS:
-        model = _peft(tiny_base, m)
-        for e in episodes:
-            (turn,) = e.trajectories[m.model_id].turns
-            advantage = advantages.of(e.episode_id, m.model_id, 0)
-            loss = _naive_loss(model, turn, advantage, config, pulls.get(m.model_id, ())) / len(episodes)
-            loss.backward()  # type: ignore[no-untyped-call]
         adapter = tiny_base.bank.training(m.model_id)
         assert adapter.grad is not None
         assert float(adapter.grad.norm()) > 1e-3
-        for shape in adapter.shapes:
-            layer = model.base_model.model.get_submodule(shape.name)
-            for view, theirs in ((shape.a, layer.lora_A), (shape.b, layer.lora_B)):
-                ours = view(adapter.grad, adapter.rank)
-                torch.testing.assert_close(ours, theirs["default"].weight.grad, rtol=2e-3, atol=2e-6)
+        theirs = _plain_gradient(tiny_base, m, config, episodes, advantages, pulls.get(m.model_id, ()))
+        torch.testing.assert_close(adapter.grad, theirs, rtol=2e-3, atol=2e-6)
+
+
+def _plain_gradient(
+    base: BaseModel,
+    m: ModelConfig,
+    config: LearnerConfig,
+    episodes: Sequence[Episode],
+    advantages: Advantages,
+    pulls: Sequence[Pull] = (),
+) -> torch.Tensor:
+    """What plain PEFT finds for one policy in float32, laid out as an adapter is."""
+    model = _peft(base, m)
+    for e in episodes:
+        (turn,) = e.trajectories[m.model_id].turns
+        loss = _naive_loss(model, turn, advantages.of(e.episode_id, m.model_id, 0), config, pulls) / len(episodes)
+        loss.backward()  # type: ignore[no-untyped-call]
+    adapter = base.bank.training(m.model_id)
+    found = torch.zeros_like(adapter.flat)
+    for shape in adapter.shapes:
+        layer = model.base_model.model.get_submodule(shape.name)
+        shape.a(found, adapter.rank).copy_(layer.lora_A["default"].weight.grad)
+        shape.b(found, adapter.rank).copy_(layer.lora_B["default"].weight.grad)
+    return found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LearnerConfig(),
+        LearnerConfig(loss="clipped", entropy_bonus=0.1, kl_coefficient=0.3, tokens_per_pass=32),
+        LearnerConfig(gradient_checkpointing=True, tokens_per_pass=40),
+    ],
+    ids=["policy_gradient", "clipped_with_entropy_and_kl_in_small_passes", "checkpointed"],
+)
+def test_in_bfloat16_every_policy_is_moved_as_plain_peft_would_move_it(
+    make_base: MakeBase, config: LearnerConfig
+) -> None:
+    base = make_base(dtype="bfloat16")
+    _noisy(base)
+    episodes, advantages = _episodes()
+    for m, ours in zip(MODELS, _gradient(base, config, episodes, advantages), strict=True):
+        theirs = _plain_gradient(base, m, config, episodes, advantages)
+        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.998
+        assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=0.05)
 
 
 def _gradient(

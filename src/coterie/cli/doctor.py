@@ -74,8 +74,9 @@ def _settings(config: Path | None, run: Path | None) -> RunConfig | None:
 
 
 def _here(config: RunConfig | None) -> list[Finding]:
-    from coterie.doctor.machine import check_base, check_disk, check_machine, read_machine
+    from coterie.doctor.machine import check_base, check_disk, check_kernels, check_machine, read_machine
     from coterie.doctor.packages import check_packages, check_shadows, check_torch_build
+    from coterie.lm.native.build import state
 
     machine = read_machine()
     base, dtype, folder = "smollm2-135m-instruct", "auto", Path("runs")
@@ -84,6 +85,7 @@ def _here(config: RunConfig | None) -> list[Finding]:
         folder = config.run.folder or folder
     return [
         *check_machine(machine, dtype),
+        *check_kernels(state()),
         *check_disk(folder),
         *check_base(base),
         *check_packages(),

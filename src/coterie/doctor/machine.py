@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coterie.doctor.findings import Finding, Level
 from coterie.lm.catalog import CATALOG, cache_root
+from coterie.lm.native.build import Library
 
 AREA = "machine"
 
@@ -128,6 +129,20 @@ def _dtype(machine: Machine, dtype: str) -> Iterator[Finding]:
     else:
         kind = "bfloat16" if native else "float32"
         yield Finding(AREA, "dtype", Level.OK, f"data type {kind} ({widest})", facts=facts)
+
+
+def check_kernels(state: Library) -> Iterator[Finding]:
+    """Whether what stands between matrix products is compiled for this processor."""
+    facts = {"path": None if state.path is None else str(state.path)}
+    if state.path is not None:
+        yield Finding(AREA, "kernels", Level.OK, "kernels are compiled for this processor", facts=facts)
+    elif state.compiler:
+        text = f"kernels will be compiled with {state.compiler} at the first run, once, in some 10 s"
+        yield Finding(AREA, "kernels", Level.OK, text, facts=facts)
+    else:
+        text = f"no compiled kernels ({state.problem}): everything runs, but an update takes about twice as long"
+        mend = "install a C++ compiler (Debian and Ubuntu: apt install g++)"
+        yield Finding(AREA, "kernels", Level.NOTE, text, mend, facts)
 
 
 def check_disk(folder: Path) -> Iterator[Finding]:

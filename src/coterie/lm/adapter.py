@@ -112,13 +112,12 @@ class Adapter:
     def factors(self, dtype: torch.dtype) -> dict[str, Factors]:
         """A (rank, in) and B transposed (rank, out), both contiguous, of every layer, without gradient, in the base's
         `dtype`; copies, kept until `touch`, but for A in float32."""
-        if self._cast is None or self._cast[0] != dtype:
+        cast = self._cast  # another thread may forget it meanwhile
+        if cast is None or cast[0] != dtype:
             flat = self.flat.detach().to(dtype)
-            self._cast = (
-                dtype,
-                {s.name: (s.a(flat, self.rank), s.b(flat, self.rank).t().contiguous()) for s in self.shapes},
-            )
-        return self._cast[1]
+            found = {s.name: (s.a(flat, self.rank), s.b(flat, self.rank).t().contiguous()) for s in self.shapes}
+            cast = self._cast = dtype, found
+        return cast[1]
 
     def add_gradient(self, name: str, grad_h: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> None:
         """Add what some tokens give to the gradients of a layer's A and B, if the adapter is trained.

@@ -126,6 +126,7 @@ def restore_adapter(adapter: Adapter, directory: Path, base: BaseModel, version:
         )
     with torch.no_grad():
         adapter.flat.copy_(saved.flat)
+    adapter.touch()
 
 
 def _ours(directory: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coterie.lm.native import Kernels, kernels_for
+from coterie.lm.native.kernels import Kernels, kernels_for
 
 
 class Plan(Protocol):

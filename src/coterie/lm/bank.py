@@ -17,7 +17,7 @@ from torch import nn
 from coterie.errors import AdapterError
 from coterie.lm.adapter import Adapter, AdapterPool, Segment
 from coterie.lm.linear import BankLinear
-from coterie.lm.native import kernels_for
+from coterie.lm.native.kernels import kernels_for
 from coterie.lm.route import Route
 from coterie.types import AdapterVersion, ModelId
 
@@ -124,9 +124,10 @@ class AdapterBank:
         del self._frozen[version]
 
     def publish(self, version: AdapterVersion) -> None:
-        """The training adapter of this model now goes by `version`."""
+        """The training adapter of this model now goes by `version`, with the weights it has at this moment."""
         if version.model_id not in self._training:
             raise AdapterError(f"cannot publish {version.name}: no such model is in training")
+        self._training[version.model_id].touch()  # whoever changed them may not have said so
         self._versions[version.model_id] = version.version
 
     def holds(self, version: AdapterVersion) -> bool:

@@ -23,7 +23,7 @@ from coterie.lm.bank import AdapterBank
 from coterie.lm.chat import TokenizerChat
 from coterie.lm.decoder import Decoder
 from coterie.lm.embedded import resolve_base
-from coterie.lm.native import kernels_for
+from coterie.lm.native.kernels import kernels_for
 from coterie.lm.products import OutputMatrix
 from coterie.lm.quiet import quiet_transformers
 

@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from coterie.lm.attention import CachePlan, Plan
 from coterie.lm.functions import rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
-from coterie.lm.native import Kernels
+from coterie.lm.native.kernels import Kernels
 from coterie.lm.products import MOST_PACKED, packable
 
 _SILU = (torch.nn.SiLU, SiLUActivation)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coterie.lm.native import Kernels
+from coterie.lm.native.kernels import Kernels
 
 
 class _RMSNorm(torch.autograd.Function):

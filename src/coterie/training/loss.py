@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from coterie.config import LearnerConfig
-from coterie.lm.native import Kernels, Summary
+from coterie.lm.native.kernels import Kernels, Summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.inference.sampling import Distribution as Distribution
 from coterie.inference.sampling import uniform as uniform
-from coterie.lm.native import kernels_for
+from coterie.lm.native.kernels import kernels_for
 
 
 def bias_row(allowed: tuple[int, ...], bias: Mapping[int, float] | None) -> list[float] | None:

@@ -41,6 +41,8 @@ class Library:
 
     path: Path | None
     problem: str = ""
+    compiler: str = ""
+    """What would make them, where they are not made yet."""
 
 
 def compilers(environ: Mapping[str, str]) -> Iterator[str]:
@@ -51,17 +53,27 @@ def compilers(environ: Mapping[str, str]) -> Iterator[str]:
             yield found
 
 
-def build(source: Path, cache: Path, environ: Mapping[str, str]) -> Library:
-    """The compiled library of `source` in `cache`, made now unless it is there."""
+def find(source: Path, cache: Path, environ: Mapping[str, str]) -> Library:
+    """The library of `source` in `cache`, or the compiler that would make it; nothing is compiled."""
     if environ.get(SWITCH, "") == "0":
         return Library(None, f"{SWITCH}=0 leaves them out")
     if sys.platform == "win32":
         return Library(None, "they are made for Linux and macOS")
-    problem = "no C++ compiler is here (Debian and Ubuntu: apt install g++)"
+    found = list(dict.fromkeys(compilers(environ)))
+    if not found:
+        return Library(None, "no C++ compiler is here")
+    made = (cache / f"{_digest(source, compiler)}.so" for compiler in found)
+    return next((Library(path) for path in made if path.is_file()), Library(None, compiler=found[0]))
+
+
+def build(source: Path, cache: Path, environ: Mapping[str, str]) -> Library:
+    """The compiled library of `source` in `cache`, made now unless it is there."""
+    found = find(source, cache, environ)
+    if found.path is not None or not found.compiler:
+        return found
+    problem = ""
     for compiler in dict.fromkeys(compilers(environ)):
         path = cache / f"{_digest(source, compiler)}.so"
-        if path.is_file():
-            return Library(path)
         try:
             _compile(source, compiler, path)
         except (OSError, subprocess.SubprocessError) as error:
@@ -112,6 +124,11 @@ def _processor() -> str:
         lines = []
     told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
     return "\n".join([platform.system(), platform.machine(), *sorted(set(told))])
+
+
+def state() -> Library:
+    """This machine's, as far as it is without compiling."""
+    return find(SOURCE, cache_root() / "kernels", os.environ)
 
 
 @lru_cache(maxsize=1)

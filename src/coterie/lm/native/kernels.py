@@ -1,0 +1,302 @@
+"""What stands between a decoder's matrix products, compiled for this processor (`kernels.cpp`).
+
+On a processor, composed of torch's operations, these parts take as long as the products between them: each operation
+is a pass over memory and some microseconds of dispatch. Here each part is one pass. Where there is no C++ compiler, or
+on another device, callers compose the same of torch's operations; results agree to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.lm.adapter import Segment
+from coterie.lm.native.build import find_library
+
+_P, _N, _F, _I = c_void_p, c_int64, c_float, c_int
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "rms_norm": (_P, _N, _P, _P, _P, _F, _P, _P, _N, _N, _I),
+    "rms_norm_backward": (_P, _P, _N, _P, _P, _P, _N, _N, _I),
+    "rotate": (_P, _N, _P, _P, _P, _N, _F, _N, _N, _N, _I),
+    "swiglu": (_P, _N, _P, _N, _P, _N, _N, _I),
+    "swiglu_backward": (_P, _P, _N, _P, _N, _P, _P, _N, _N, _I),
+    "attend": (_P, _N, _P, _N, _P, _N, _P, _P, _N, _P, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
+    "add_low_rank": (_P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _P, _N, _N, _N, _P, _I),
+    "summarise": (_P, _N, _N, _P, _P, _P, _P, _P, _P, _I),
+    "softmax_backward": (_P, _N, _N, _P, _P, _P, _P, _P, _P, _I),
+    "masked_softmax": (_P, _P, _F, _N, _N, _N, _I),
+    "softmax_scores_backward": (_P, _P, _P, _P, _F, _N, _N, _N, _I),
+    "pick": (_P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N),
+}
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_CHUNK = 256
+"""As in kernels.cpp."""
+
+
+class Addresses:
+    """Where the factors of some adapters lie, for layers that are asked for together."""
+
+    def __init__(self, factors: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+        """`factors`: for each adapter what `Adapter.factors` gives; kept, so that addresses stay true."""
+        self.factors = factors
+        self._found: dict[tuple[str, ...], tuple[Any, Any]] = {}
+
+    def of(self, names: tuple[str, ...]) -> tuple[Any, Any]:
+        """Arrays of the addresses of A and of B transposed: of each layer for every adapter."""
+        found = self._found.get(names)
+        if found is None:
+            places = c_void_p * (len(names) * len(self.factors))
+            pairs = [factors[name] for name in names for factors in self.factors]
+            a, b = places(*(a.data_ptr() for a, _ in pairs)), places(*(b.data_ptr() for _, b in pairs))
+            found = self._found[names] = a, b
+        return found
+
+
+class Ranges:
+    """Ranges of tokens and the adapters they go through, as `Kernels.add_low_rank` takes them."""
+
+    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, known: Addresses | None = None) -> None:
+        """`known`: those of earlier ranges, used again if they are of the same adapters."""
+        factors = [adapter.factors(dtype) for adapter, _, _ in segments]
+        same = known is not None and len(known.factors) == len(factors)
+        if known is None or not same or any(a is not b for a, b in zip(known.factors, factors, strict=True)):
+            known = Addresses(factors)
+        self.addresses: Addresses = known
+        self.segments = tuple(segments)
+        self.count = count = len(segments)
+        self.ranks = (c_int64 * count)(*(adapter.rank for adapter, _, _ in segments))
+        self.scales = (c_float * count)(*(adapter.scaling for adapter, _, _ in segments))
+        self.starts = (c_int64 * count)(*(start for _, start, _ in segments))
+        self.ends = (c_int64 * count)(*(end for _, _, end in segments))
+        self.most_rank = max(adapter.rank for adapter, _, _ in segments)
+        self.sizes = [(end - start, adapter.rank) for adapter, start, end in segments]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What normalises rows of logits, (n,) each."""
+
+    sharpness: Tensor
+    """float32: one over the temperature."""
+    most: Tensor
+    """float32: the largest logit."""
+    log_z: Tensor
+    """float64: log of the sum of exp(sharpness * (logit - most))."""
+    entropy: Tensor
+    """float64, nats."""
+    chunks: Tensor
+    """float64 (n, chunks): parts of that sum."""
+    best: Tensor
+    """int64: where the largest logit is."""
+
+
+class Kernels:
+    """The functions of `kernels.cpp` for one storage type, on tensors of the processor.
+
+    Rows may be far apart in memory (slices of a wider tensor); within a row elements lie side by side. Shapes are the
+    caller's business: nothing is checked twice in a function that is called a hundred times a pass.
+    """
+
+    def __init__(self, library: CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        for name, types in _ARGUMENTS.items():
+            function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+            function.argtypes, function.restype = types, None
+            setattr(self, f"_{name}", function)
+
+    _rms_norm: Any
+    _rms_norm_backward: Any
+    _rotate: Any
+    _swiglu: Any
+    _swiglu_backward: Any
+    _attend: Any
+    _add_low_rank: Any
+    _summarise: Any
+    _softmax_backward: Any
+    _masked_softmax: Any
+    _softmax_scores_backward: Any
+    _pick: Any
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> Tensor:
+        """x / sqrt(mean x^2 + eps) * weight of rows (n, size); `inverse` (n,) float32 receives the first factor."""
+        out = x.new_empty(x.shape)
+        rows, size = x.shape
+        kept = None if inverse is None else inverse.data_ptr()
+        self._rms_norm(x.data_ptr(), x.stride(0), None, None, weight.data_ptr(), eps, out.data_ptr(), kept, rows, size,
+                       torch.get_num_threads())  # fmt: skip
+        return out
+
+    def add_rms_norm(self, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`x += more`, then as `rms_norm`; both contiguous (n, size)."""
+        out = torch.empty_like(x)
+        rows, size = x.shape
+        self._rms_norm(x.data_ptr(), size, more.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), None,
+                       rows, size, torch.get_num_threads())  # fmt: skip
+        return out
+
+    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        """The gradient at x (n, size) of `rms_norm`, given that at its result, contiguous (n, size)."""
+        out = torch.empty_like(grad)
+        rows, size = x.shape
+        self._rms_norm_backward(grad.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr(), inverse.data_ptr(),
+                                out.data_ptr(), rows, size, torch.get_num_threads())  # fmt: skip
+        return out
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+        """Halves of every head of x (n, heads, dim) turned by the angles (n, 1, dim / 2) whose cosine and sine are
+        given; sign -1 turns back. Heads of a token lie side by side."""
+        rows, heads, dim = x.shape
+        out = x.new_empty(x.shape)
+        self._rotate(x.data_ptr(), x.stride(0), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.stride(0), sign,
+                     rows, heads, dim, torch.get_num_threads())  # fmt: skip
+        return out
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up of rows (n, size)."""
+        rows, size = gate.shape
+        out = gate.new_empty(gate.shape)
+        self._swiglu(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr(), rows, size,
+                     torch.get_num_threads())  # fmt: skip
+        return out
+
+    def swiglu_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients at gate and up of `swiglu`, given that at its result, contiguous (n, size)."""
+        rows, size = gate.shape
+        of_gate, of_up = torch.empty_like(grad), torch.empty_like(grad)
+        self._swiglu_backward(grad.data_ptr(), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
+                              of_gate.data_ptr(), of_up.data_ptr(), rows, size, torch.get_num_threads())  # fmt: skip
+        return of_gate, of_up
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pool_k: Tensor, pool_v: Tensor,
+        own: Tensor, slots: Tensor, first: Tensor, seen: Tensor, most_seen: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Put the tokens' keys, turned, and values into a cache, and let every token ask the keys it sees.
+
+        Args:
+            q: (n, heads, dim), not turned yet; k and v (n, kv_heads, dim).
+            cos: as for `rotate`, and `sin`.
+            pool_k: (kv_heads, slots, dim) contiguous, and `pool_v`.
+            own: int32 (n,): the slot of each token.
+            slots: int32: what tokens see, one list after another; token t sees `seen[t]` from `first[t]` on.
+            most_seen: the largest of `seen`, int32 (n,); `first` is int64 (n,).
+
+        Returns:
+            (n, heads * dim)
+        """
+        tokens, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        out = q.new_empty(tokens, heads * dim)
+        self._attend(
+            q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+            cos.data_ptr(), sin.data_ptr(), cos.stride(0), pool_k.data_ptr(), pool_v.data_ptr(), pool_k.stride(0),
+            own.data_ptr(), slots.data_ptr(), first.data_ptr(), seen.data_ptr(), out.data_ptr(),
+            tokens, kv_heads, heads // kv_heads, dim, scale, most_seen, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def add_low_rank(
+        self, x: Tensor, outs: Sequence[tuple[str, Tensor]], ranges: Ranges, *, keep: bool = False
+    ) -> list[Tensor]:
+        """Add scale x A^T B of each range's adapter to what the layers of `outs` (name, (n, fan_out)) made of
+        x (n, fan_in); B stands transposed here (rank, fan_out).
+
+        Returns x A^T (tokens, rank) of every range in the first layer, then in the next, if they are to be kept.
+        """
+        a, b = ranges.addresses.of(tuple(name for name, _ in outs))
+        return self._low_rank(x, [out for _, out in outs], a, b, ranges, keep)
+
+    def low_rank_backward(self, grad: Tensor, name: str, grad_x: Tensor, ranges: Ranges) -> list[Tensor]:
+        """Add the way back through one layer's updates, scale dy B^T A, to `grad_x`; returns dy B^T (tokens, rank) of
+        every range, without the scale."""
+        a, b = ranges.addresses.of((name,))
+        return self._low_rank(grad, [grad_x], b, a, ranges, True)
+
+    def _low_rank(self, x: Tensor, outs: Sequence[Tensor], a: Any, b: Any, ranges: Ranges, keep: bool) -> list[Tensor]:
+        layers = len(outs)
+        numbers, places = c_int64 * layers, c_void_p * layers
+        kept = [x.new_empty(size) for _ in outs for size in ranges.sizes] if keep else []
+        self._add_low_rank(
+            x.data_ptr(), x.stride(0), places(*(out.data_ptr() for out in outs)),
+            numbers(*(out.stride(0) for out in outs)), numbers(*(out.shape[1] for out in outs)), layers, a, b,
+            ranges.ranks, ranges.scales, ranges.starts, ranges.ends, ranges.count, x.shape[1], ranges.most_rank,
+            (c_void_p * len(kept))(*(inner.data_ptr() for inner in kept)) if keep else None, torch.get_num_threads(),
+        )  # fmt: skip
+        return kept
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[int], uniforms: Sequence[float], temperatures: Sequence[float]
+    ) -> tuple[list[int], list[float], list[float]]:
+        """Draw from softmax(logits / temperatures).
+
+        Args:
+            logits: (n, vocabulary) contiguous.
+            rows: the row each of the m draws is from.
+            uniforms: the number in [0, 1) that decides each draw; a negative one takes the likeliest token.
+            temperatures: of the rows (n), positive.
+
+        Returns:
+            tokens (m), their log-probabilities (m), and the entropy of every row in nats (n).
+        """
+        told = self.summarise(logits, temperatures)
+        asked = len(rows)
+        at, drawn = torch.tensor(rows, dtype=torch.int64), torch.tensor(uniforms, dtype=torch.float64)
+        found, logprob = torch.empty(asked, dtype=torch.int64), torch.empty(asked, dtype=torch.float64)
+        self._pick(logits.data_ptr(), logits.shape[1], told.sharpness.data_ptr(), told.log_z.data_ptr(),
+                   told.chunks.data_ptr(), told.best.data_ptr(), told.most.data_ptr(), at.data_ptr(), drawn.data_ptr(),
+                   found.data_ptr(), logprob.data_ptr(), asked)  # fmt: skip
+        return found.tolist(), logprob.tolist(), told.entropy.tolist()
+
+    def summarise(self, logits: Tensor, temperatures: Sequence[float]) -> Summary:
+        """What normalises the rows of logits (n, vocabulary), contiguous, at `temperatures` (n)."""
+        n, size = logits.shape
+        told = Summary(
+            torch.tensor(temperatures, dtype=torch.float32).reciprocal_(),
+            torch.empty(n),
+            torch.empty(n, dtype=torch.float64),
+            torch.empty(n, dtype=torch.float64),
+            torch.empty(n, -(-size // _CHUNK), dtype=torch.float64),
+            torch.empty(n, dtype=torch.int64),
+        )
+        self._summarise(logits.data_ptr(), n, size, told.sharpness.data_ptr(), told.log_z.data_ptr(),
+                        told.entropy.data_ptr(), told.chunks.data_ptr(), told.best.data_ptr(), told.most.data_ptr(),
+                        torch.get_num_threads())  # fmt: skip
+        return told
+
+    def softmax_backward(self, logits: Tensor, told: Summary, alpha: Tensor, beta: Tensor) -> Tensor:
+        """sharpness * p * (alpha + beta * log p) of every row, with p the probabilities `told` is of; alpha and beta
+        float32 (n,)."""
+        out = torch.empty_like(logits)
+        n, size = logits.shape
+        self._softmax_backward(logits.data_ptr(), n, size, told.sharpness.data_ptr(), told.most.data_ptr(),
+                               told.log_z.data_ptr(), alpha.data_ptr(), beta.data_ptr(), out.data_ptr(),
+                               torch.get_num_threads())  # fmt: skip
+        return out
+
+    def masked_softmax(self, scores: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """softmax(scale * scores) over the visible keys, in place; scores (heads, n, keys), visible bool (n, keys)."""
+        heads, n, keys = scores.shape
+        self._masked_softmax(scores.data_ptr(), visible.data_ptr(), scale, heads, n, keys, torch.get_num_threads())
+        return scores
+
+    def softmax_scores_backward(self, spread: Tensor, weights: Tensor, grad: Tensor, out: Tensor, scale: float) -> None:
+        """From the gradient at probabilities `weights`, `spread` (heads, n, keys), to that at scores, in place; `grad`
+        and `out` (heads, n, dim) are what came back and what went out. All contiguous."""
+        keys, dim = weights.shape[-1], out.shape[-1]
+        self._softmax_scores_backward(spread.data_ptr(), weights.data_ptr(), grad.data_ptr(), out.data_ptr(), scale,
+                                      weights.numel() // keys, keys, dim, torch.get_num_threads())  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """Kernels for tensors of this type on this device; None where there are none, or no compiler."""
+    if device.type != "cpu" or dtype not in _SUFFIX:
+        return None
+    library = find_library()
+    return None if library is None else Kernels(library, dtype)
