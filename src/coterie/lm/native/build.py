@@ -142,6 +142,12 @@ def library() -> Library:
 
 @lru_cache(maxsize=1)
 def find_library() -> CDLL | None:
-    """Loaded; None where there is none."""
+    """Loaded; None where there is none, or what the cache holds cannot be loaded."""
     found = library()
-    return CDLL(str(found.path)) if found.path is not None else None
+    if found.path is None:
+        return None
+    try:
+        return CDLL(str(found.path))
+    except OSError as error:
+        print(f"compiled kernels are left out: {error}; delete {found.path}", file=sys.stderr, flush=True)
+        return None
