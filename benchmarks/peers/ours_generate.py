@@ -1,8 +1,8 @@
 """Coterie's engine: many requests at once, under no adapter or several.
 
 spec: model, sets (of prompts, lists of token ids), tokens (each answer's length), adapters (directories in PEFT
-format), never (a token id no answer contains), kernels (false: as where there is no C++ compiler). go: {"set": which prompts, "adapters": how many the requests take
-turns with}, or the same with "profile".
+format), never (a token id no answer contains), kernels (false: as where there is no C++ compiler). go: {"set": which
+prompts, "adapters": how many the requests take turns with}, or the same with "profile".
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Coterie: whole updates, rollout and learning, of one policy or of several.
 
 spec: model, prompts (each {"system", "user", "ids"}), answers (per prompt), tokens (most of an answer), forced
-(answers never end early), rank, policies (how many), kernels (false: as where there is no C++ compiler). go: {"profile": true} profiles the update instead of timing it.
+(answers never end early), rank, policies (how many), kernels (false: as where there is no C++ compiler). go:
+{"profile": true} profiles the update instead of timing it.
 """
 
 from __future__ import annotations

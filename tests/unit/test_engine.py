@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from coterie.inference.local.choices import build_trie
 from coterie.inference.local.engine import LocalEngine
 from coterie.inference.local.sampler import uniform
 from coterie.lm.base import BaseModel
+from coterie.lm.tiny import FAMILIES, tiny_random
 from coterie.types import AdapterVersion, GenerateRequest, Generation
 from tests.conftest import MakeBase
 
@@ -357,3 +359,23 @@ def test_in_bfloat16_decoding_repeats_itself(make_base: MakeBase) -> None:
         assert [(g.token_ids, g.logprobs) for g in again] == [(g.token_ids, g.logprobs) for g in first]
     exact = _ask(engine, [replace(r, distribution=True) for r in requests if r.choices])
     assert all(sum(g.choice_probs or ()) == pytest.approx(1.0, abs=1e-6) for g in exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_with_the_probabilities_of_transformers(
+    make_base: MakeBase, tmp_path: Path, family: str
+) -> None:
+    """Decoding by cache, token by token, against plain passes over the whole sequence."""
+    path = tiny_random(tmp_path / family, seed=3, family=family)  # type: ignore[arg-type]
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    engine = LocalEngine(make_base(model=str(path)))
+    prompts = [_prompt(4), (*_prompt(4), 9), _prompt(30)]
+    requests = [GenerateRequest(p, None, seed=n, max_tokens=6, stop_ids=(10_000,)) for n, p in enumerate(prompts * 2)]
+    for request, made in zip(requests, _ask(engine, requests), strict=True):
+        whole = torch.tensor([[*request.prompt_ids, *made.token_ids]])
+        with torch.no_grad():
+            expected = plain(whole).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
+        for step, (token, logprob) in enumerate(zip(made.token_ids, made.logprobs, strict=True)):
+            assert logprob == pytest.approx(float(expected[step, token]), abs=2e-4)
+            entropy = -float((expected[step].exp() * expected[step]).sum())
+            assert made.entropy[step] == pytest.approx(entropy, abs=2e-4)
