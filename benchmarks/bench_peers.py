@@ -141,7 +141,7 @@ def _variables(interpreter: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([str(interpreter.parent), os.environ.get("PATH", "")]),
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
-        # GNU OpenMP's own default, for everyone: Coterie would look at the machine's load, which is of the peers' loading
+        # GNU OpenMP's default, for everyone: Coterie would look at the load, which is that of others that loaded before
         "GOMP_SPINCOUNT": "300000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
