@@ -114,8 +114,9 @@ class Adapter:
         `dtype`; copies, kept until `touch`, but for A in float32."""
         cast = self._cast  # another thread may forget it meanwhile
         if cast is None or cast[0] != dtype:
-            flat = self.flat.detach().to(dtype)
-            found = {s.name: (s.a(flat, self.rank), s.b(flat, self.rank).t().contiguous()) for s in self.shapes}
+            flat, rank = self.flat.detach(), self.rank
+            # each by itself: views of a copy of everything would keep B twice
+            found = {s.name: (s.a(flat, rank).to(dtype), s.b(flat, rank).to(dtype).t().contiguous()) for s in self.shapes}
             cast = self._cast = dtype, found
         return cast[1]
 
