@@ -116,7 +116,10 @@ class Adapter:
         if cast is None or cast[0] != dtype:
             flat, rank = self.flat.detach(), self.rank
             # each by itself: views of a copy of everything would keep B twice
-            found = {s.name: (s.a(flat, rank).to(dtype), s.b(flat, rank).to(dtype).t().contiguous()) for s in self.shapes}
+            found = {
+                shape.name: (shape.a(flat, rank).to(dtype), shape.b(flat, rank).to(dtype).t().contiguous())
+                for shape in self.shapes
+            }
             cast = self._cast = dtype, found
         return cast[1]
 
