@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -164,10 +165,15 @@ def test_low_rank_updates(kernels: Kernels, threads: int, lengths: list[int], fa
             a, b = adapter.factors(kernels.dtype)[name]
             expected[start:end] += adapter.scaling * (x[start:end].float() @ a.float().t()) @ b.float()
         _same(found, expected)
+    copy = ref(segments[0][0].factors(kernels.dtype))
     again = Ranges(segments, kernels.dtype, ranges.addresses)
     assert again.addresses is ranges.addresses
     segments[0][0].touch()
     assert Ranges(segments, kernels.dtype, ranges.addresses).addresses is not ranges.addresses
+    known = again.addresses
+    del ranges, again, adapter, a, b
+    assert known is not None
+    assert copy() is None, "addresses that are remembered keep an adapter's former weights"
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (4, 40, 300)])

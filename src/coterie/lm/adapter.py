@@ -40,6 +40,10 @@ class Shape:
 Factors = tuple[Tensor, Tensor]
 
 
+class Cast(dict[str, Factors]):
+    """A and B transposed of every layer in one data type; who only remembers it lets it go (weak references)."""
+
+
 class AdapterPool:
     """Room for a few adapters of one rank, side by side."""
 
@@ -107,19 +111,19 @@ class Adapter:
                     leaf.grad = view(self.grad, rank)
                 store[shape.name] = leaf
 
-        self._cast: tuple[torch.dtype, dict[str, Factors]] | None = None
+        self._cast: tuple[torch.dtype, Cast] | None = None
 
-    def factors(self, dtype: torch.dtype) -> dict[str, Factors]:
+    def factors(self, dtype: torch.dtype) -> Cast:
         """A (rank, in) and B transposed (rank, out), both contiguous, of every layer, without gradient, in the base's
         `dtype`; copies, kept until `touch`, but for A in float32."""
         cast = self._cast  # another thread may forget it meanwhile
         if cast is None or cast[0] != dtype:
             flat, rank = self.flat.detach(), self.rank
             # each by itself: views of a copy of everything would keep B twice
-            found = {
-                shape.name: (shape.a(flat, rank).to(dtype), shape.b(flat, rank).to(dtype).t().contiguous())
+            found = Cast(
+                (shape.name, (shape.a(flat, rank).to(dtype), shape.b(flat, rank).to(dtype).t().contiguous()))
                 for shape in self.shapes
-            }
+            )
             cast = self._cast = dtype, found
         return cast[1]
 

@@ -7,16 +7,17 @@ on another device, callers compose the same of torch's operations; results agree
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from coterie.lm.adapter import Segment
+from coterie.lm.adapter import Cast, Segment
 from coterie.lm.native.build import find_library
 
 _P, _N, _F, _I = c_void_p, c_int64, c_float, c_int
@@ -40,19 +41,24 @@ _CHUNK = 256
 
 
 class Addresses:
-    """Where the factors of some adapters lie, for layers that are asked for together."""
+    """Where the factors of some adapters lie, for layers that are asked for together; true while `are` says so."""
 
-    def __init__(self, factors: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-        """`factors`: for each adapter what `Adapter.factors` gives; kept, so that addresses stay true."""
-        self.factors = factors
+    def __init__(self, factors: Sequence[Cast]) -> None:
+        self._factors = [ref(cast) for cast in factors]
         self._found: dict[tuple[str, ...], tuple[Any, Any]] = {}
+
+    def are(self, factors: Sequence[Cast]) -> bool:
+        """Whether these are the addresses of `factors`."""
+        same = len(self._factors) == len(factors)
+        return same and all(known() is cast for known, cast in zip(self._factors, factors, strict=True))
 
     def of(self, names: tuple[str, ...]) -> tuple[Any, Any]:
         """Arrays of the addresses of A and of B transposed: of each layer for every adapter."""
         found = self._found.get(names)
         if found is None:
-            places = c_void_p * (len(names) * len(self.factors))
-            pairs = [factors[name] for name in names for factors in self.factors]
+            casts = [cast for cast in (known() for known in self._factors) if cast is not None]
+            places = c_void_p * (len(names) * len(self._factors))
+            pairs = [cast[name] for name in names for cast in casts]
             a, b = places(*(a.data_ptr() for a, _ in pairs)), places(*(b.data_ptr() for _, b in pairs))
             found = self._found[names] = a, b
         return found
@@ -63,11 +69,8 @@ class Ranges:
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, known: Addresses | None = None) -> None:
         """`known`: those of earlier ranges, used again if they are of the same adapters."""
-        factors = [adapter.factors(dtype) for adapter, _, _ in segments]
-        same = known is not None and len(known.factors) == len(factors)
-        if known is None or not same or any(a is not b for a, b in zip(known.factors, factors, strict=True)):
-            known = Addresses(factors)
-        self.addresses: Addresses = known
+        self._factors = [adapter.factors(dtype) for adapter, _, _ in segments]  # kept, so that addresses stay true
+        self.addresses = known if known is not None and known.are(self._factors) else Addresses(self._factors)
         self.segments = tuple(segments)
         self.count = count = len(segments)
         self.ranks = (c_int64 * count)(*(adapter.rank for adapter, _, _ in segments))
