@@ -377,7 +377,7 @@ def test_kill_9_of_one_of_two_costs_no_episode_and_it_comes_back_with_what_is_cu
             dying.start()
             await asyncio.to_thread(dying.wait_until_up)
             done = 5
-            for _ in range(40):
+            for _ in range(120):  # it may be half a minute until it is looked at again
                 await env.train_cycles(1)
                 done += 1
                 if dying.spec.name in {turn.server for turn in played.turns(since=done - 1)}:

@@ -497,6 +497,27 @@ def test_a_restarted_server_gets_what_is_current_before_it_takes_calls(tmp_path:
     asyncio.run(main())
 
 
+def test_a_server_on_trial_is_given_new_versions_too(tmp_path: Path) -> None:
+    """Else versions that follow fast upon each other are never there when their calls are given out."""
+
+    async def main() -> None:
+        async with world(2, tmp_path, quorum=1.0) as here:
+            await here.pool.start()
+            await here.publish(1)
+            here.servers[0].kill()
+            assert {(await here.ask(1))[0] for _ in range(6)} == {here.name(1)}
+            await here.servers[0].revive()
+            await until(lambda: here.pool.states()[0].breaker == "half_open")
+            report = await here.publish(2)
+            assert set(report.served_by) == {here.name(0), here.name(1)}
+            await until(lambda: here.pool.states()[0].breaker == "half_open")
+            here.servers[0].fail(503, times=9, where="adapters")
+            report = await here.publish(3)
+            assert report.served_by == (here.name(1),), "it does not count towards the quorum"
+
+    asyncio.run(main())
+
+
 def test_an_evicted_version_is_loaded_again_and_checked_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(1, tmp_path) as here:

@@ -334,6 +334,10 @@ class ServerPool:
         """Servers whose calls go through."""
         return tuple(m.spec for m in self._members.values() if m.closed)
 
+    def within_reach(self) -> tuple[ServerSpec, ...]:
+        """The healthy ones, and those that came back and have yet to answer a call."""
+        return tuple(m.spec for m in self._places.present() if m.breaker.state is not BreakerState.OPEN)
+
     def states(self) -> tuple[ServerState, ...]:
         """A snapshot of every server."""
         return tuple(m.state() for m in self._members.values())

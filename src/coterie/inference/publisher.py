@@ -159,14 +159,15 @@ class Publisher:
         if probe is not None:
             check_probe(probe)
         record = self._record(version, directory, await asyncio.to_thread(content_of, directory), probe)
-        healthy = {server.name for server in self._pool.healthy()}
-        targets = [s for s in self._pool.servers() if s.name in healthy or s.name in self._out()]
+        told = {server.name for server in self._pool.within_reach()} | self._out()
+        targets = [server for server in self._pool.servers() if server.name in told]
+        healthy = len(self._pool.healthy())
         if not targets:
             raise PublishError(f"adapter {version.name}: no server is healthy; see `coterie doctor`")
         ended = await asyncio.gather(*(self._try(server, record) for server in targets))
         failed = {server.name: error for server, error in zip(targets, ended, strict=True) if error is not None}
         holding = [server.name for server in targets if server.name not in failed]
-        needed = max(1, math.ceil(self._quorum * len(healthy) - 1e-9))
+        needed = max(1, math.ceil(self._quorum * healthy - 1e-9))
         if len(holding) < needed:
             if not record.flipped:
                 await self._unload(record)
