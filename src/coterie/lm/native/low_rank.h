@@ -6,10 +6,15 @@
 
 namespace {
 
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+// as wide as a register, or compilers keep the sums in memory
+#ifdef __AVX512F__
 constexpr int64_t WIDE = 16;
+#else
+constexpr int64_t WIDE = 8;
+#endif
+typedef float floats __attribute__((vector_size(WIDE * 4)));
+typedef uint32_t words __attribute__((vector_size(WIDE * 4)));
+typedef uint16_t halves __attribute__((vector_size(WIDE * 2)));
 
 inline floats load_wide(const float* from) {
     floats out;
