@@ -192,11 +192,14 @@ class Meter:
         learner, adapters = self.environment.config.learner, self._ranked(work)
         flops = forward_flops(self.shape, work, adapters) + backward_flops(self.shape, work, adapters)
         flops *= learner.passes
-        # anchors are computed once, whatever the passes
-        if learner.kl_coefficient > 0:
+        # anchors are computed once, whatever the passes; those that stay know the choices of earlier updates
+        known = all(
+            turn.allowed is not None for e in self._episodes for tr in e.trajectories.values() for turn in tr.turns
+        )
+        if learner.kl_coefficient > 0 and not known:
             flops += forward_flops(self.shape, work, self._adapters)
         credit = self.loop.credit
-        if isinstance(credit, Magnetised) and credit.magnet.strength > 0:
+        if isinstance(credit, Magnetised) and credit.magnet.strength > 0 and not (known and credit.magnet.every == 0):
             flops += forward_flops(self.shape, work, adapters)
         return flops
 

@@ -478,6 +478,77 @@ def test_anchors_are_computed_once_for_all_passes_and_never_when_off(
     assert passes == [packed // 3] * 4, "nothing of the update before is used again"
 
 
+def _choices_only() -> tuple[list[Episode], Advantages]:
+    episodes, advantages = _episodes()
+    kept = [e for e in episodes if all(t.turns[0].allowed is not None for t in e.trajectories.values())]
+    assert 0 < len(kept) < len(episodes)
+    return kept, advantages
+
+
+def test_what_an_anchor_that_stays_makes_of_choices_is_computed_once(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _noisy(tiny_base)
+    passes: list[int] = []
+    whole = tiny_base.hidden
+
+    def counted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(len(ids))
+        return whole(ids, *rest)
+
+    monkeypatch.setattr(tiny_base, "hidden", counted)
+    episodes, advantages = _choices_only()
+    ids = [m.model_id for m in MODELS]
+    first = build_batch(ids, episodes[:3], advantages, keep_zero=True)
+    all_of_them = build_batch(ids, episodes, advantages, keep_zero=True)
+    stays = Magnet(strength=0.1, proximal=0.0, every=0, rate=1.0)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(kl_coefficient=0.1), 9, stays)
+    packed = learner.step(first, 1).packed_tokens
+    assert passes == [packed] * 2
+    learner.step(first, 2)
+    assert len(passes) == 2
+    more = learner.step(all_of_them, 3).packed_tokens
+    assert len(passes) == 4
+    assert 0 < passes[2] == passes[3] < more, "what was there is not computed again"
+    learner.step(all_of_them, 4)
+    assert len(passes) == 4
+    learner.state()
+    learner.step(all_of_them, 5)
+    assert passes[4:] == [more] * 2, "a run that goes on from a checkpoint computes the same"
+    learner.anchors._of_base._most_bytes = 0
+    learner.step(all_of_them, 6)
+    assert len(passes) == 7, "more than may be kept"
+
+    passes.clear()
+    moves = Magnet(strength=0.1, proximal=0.0, every=1, rate=0.5)
+    learner = Learner(tiny_base, MODELS, LearnerConfig(), 9, moves)
+    learner.step(first, 1)
+    learner.step(first, 2)
+    assert passes == [packed] * 2
+
+
+def test_what_is_remembered_pulls_as_what_is_computed_anew(make_base: MakeBase) -> None:
+    episodes, advantages = _choices_only()
+    ids = [m.model_id for m in MODELS]
+    batches = [build_batch(ids, some, advantages, keep_zero=True) for some in (episodes[:3], episodes, episodes[1:])]
+    magnet = Magnet(strength=0.3, proximal=0.0, every=0, rate=1.0)
+    bases = make_base(), make_base()
+    for base in bases:
+        _noisy(base)
+    remembering, anew = (Learner(base, MODELS, LearnerConfig(kl_coefficient=0.2), 3, magnet) for base in bases)
+    for learner in (remembering, anew):
+        for kept in learner.anchors._magnets.values():  # away from the policies, so that it pulls
+            kept.flat.mul_(0.5)
+            kept.touch()
+    for batch in batches:
+        anew.state()
+        for learner in (remembering, anew):
+            learner.backward(batch)
+        for i in ids:
+            gradients = [base.bank.training(i).grad for base in bases]
+            torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
 def test_magnets_come_back_bit_by_bit_and_are_missed(make_base: MakeBase) -> None:
     episodes, advantages = _episodes()
     ids = [m.model_id for m in MODELS]

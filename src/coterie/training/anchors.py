@@ -7,14 +7,16 @@
 An anchor is known by its last hidden states: from them come log-probabilities under exactly the mask, bias and
 temperature a turn was sampled with, so a divergence is exact and 0 where the two policies agree. Base and magnets cost
 one forward pass without gradient each, all policies together, whatever the number of passes over an update's
-episodes; the policy before the update is what the first pass computed anyway. Switched off, they cost nothing.
+episodes; where all that is learned from are choices, only of what no earlier update asked an anchor that stays
+(`coterie.training.remembered`). The policy before the update is what the first pass computed anyway. Switched off,
+they cost nothing.
 
 A magnet is an adapter without a version: nobody plays it, and no engine knows of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +28,7 @@ from coterie.errors import RunFolderError
 from coterie.lm.adapter import Adapter
 from coterie.lm.attention import Plan
 from coterie.lm.base import BaseModel
+from coterie.training.remembered import Remembered, Segments, Site
 from coterie.types import ModelId
 
 Distance = Literal["kl", "magnet_kl", "step_kl"]
@@ -40,7 +43,21 @@ class Anchor:
     coefficient: float
     """In units of an advantage per nat."""
     hidden: Tensor
-    """(tokens, hidden): last hidden states of the packed tokens of the pass."""
+    """(tokens, hidden): last hidden states of the packed tokens of the pass; of all, or where terms stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Tokens of one pass."""
+
+    ids: Tensor
+    """int64 (tokens,)"""
+    positions: Tensor
+    """int64 (tokens,)"""
+    plan: Plan
+    segments: Segments
+    choices: Mapping[int, Site] | None
+    """Packed tokens where terms stand, if all of them are choices; None: some are not, and hardly come again."""
 
 
 class Anchors:
@@ -55,6 +72,8 @@ class Anchors:
         self.magnet = magnet or Magnet(strength=0.0, proximal=0.0, every=0, rate=1.0)
         self._strength = self.magnet.strength
         self._magnets: dict[ModelId, Adapter] = {}
+        self._of_base = Remembered(lambda ids, positions, plan, _: base.hidden(ids, positions, plan, []), base.device)
+        self._of_magnets = Remembered(self._attracted, base.device)
         self._kept: dict[int, tuple[Anchor, ...]] = {}
         """Anchors of each pass over a part of the update's tokens, from the first time they were computed."""
 
@@ -65,9 +84,11 @@ class Anchors:
     def add(self, model_id: ModelId) -> None:
         """Put the magnet of a policy where the policy is now."""
         if self.magnet.strength > 0:
+            self._of_magnets.forget()
             self._magnets[model_id] = self.base.bank.copy(model_id)
 
     def remove(self, model_id: ModelId) -> None:
+        self._of_magnets.forget()
         self._magnets.pop(model_id, None)
 
     # -- one update ---------------------------------------------------------------------------------------------
@@ -80,31 +101,35 @@ class Anchors:
         """Forget what the last update computed."""
         self._kept.clear()
 
-    def of(
-        self, part: int, ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[tuple[ModelId, int, int]]
-    ) -> tuple[Anchor, ...]:
-        """The anchors of the `part`-th share of the update's tokens.
-
-        Args:
-            ids, positions: int64 (tokens,), packed as `plan` says.
-            segments: packed tokens [start, end) are those of that policy.
-        """
+    def of(self, part: int, packed: Packed) -> tuple[Anchor, ...]:
+        """The anchors of the `part`-th share of the update's tokens."""
         if part not in self._kept:
             with torch.no_grad():
-                made = tuple(self._computed(ids, positions, plan, segments))
+                made = tuple(self._computed(packed))
             if self.passes == 1:
                 return made
             self._kept[part] = made
         return self._kept[part]
 
-    def _computed(
-        self, ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[tuple[ModelId, int, int]]
-    ) -> Iterator[Anchor]:
+    def _computed(self, packed: Packed) -> Iterator[Anchor]:
+        ids, sites = packed.ids, packed.choices
         if self.kl_coefficient > 0:
-            yield Anchor("kl", self.kl_coefficient, self.base.hidden(ids, positions, plan, []))
+            if sites is not None:
+                hidden = self._of_base.of(sites, len(ids))
+            else:
+                hidden = self.base.hidden(ids, packed.positions, packed.plan, [])
+            yield Anchor("kl", self.kl_coefficient, hidden)
         if self.magnet.strength > 0:
-            routed = [(self._magnets[model_id], start, end) for model_id, start, end in segments]
-            yield Anchor("magnet_kl", self._strength, self.base.hidden(ids, positions, plan, routed))
+            if sites is not None and self.magnet.every == 0:
+                hidden = self._of_magnets.of(sites, len(ids))
+            else:
+                hidden = self._attracted(ids, packed.positions, packed.plan, packed.segments)
+            yield Anchor("magnet_kl", self._strength, hidden)
+
+    def _attracted(self, ids: Tensor, positions: Tensor, plan: Plan, segments: Segments) -> Tensor:
+        """Last hidden states under the magnets."""
+        routed = [(self._magnets[model_id], start, end) for model_id, start, end in segments]
+        return self.base.hidden(ids, positions, plan, routed)
 
     def passed(self, part: int, hidden: Tensor) -> None:
         """Keep what the policies computed in the first pass over `part`: they are held near it in the next ones."""
@@ -124,7 +149,8 @@ class Anchors:
     # -- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Magnets by name, for a checkpoint."""
+        """Magnets by name, for a checkpoint, from which all goes on as it does here."""
+        self._forget()
         return {f"{model_id}/magnet": magnet.flat.detach().cpu().clone() for model_id, magnet in self._magnets.items()}
 
     @torch.no_grad()
@@ -138,3 +164,8 @@ class Anchors:
                 )
             magnet.flat.copy_(state[f"{model_id}/magnet"])
             magnet.touch()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._of_base.forget()
+        self._of_magnets.forget()

@@ -19,10 +19,11 @@ from coterie.inference.local.sampler import scaled_logprobs
 from coterie.lm.base import BaseModel
 from coterie.lm.forest import Forest, pack, split
 from coterie.models import ModelConfig
-from coterie.training.anchors import Anchor, Anchors
+from coterie.training.anchors import Anchor, Anchors, Packed
 from coterie.training.base import LearnerStats, StepStats
 from coterie.training.batch import Batch, HeadKey, Term
 from coterie.training.loss import chosen, columns, divergence, entropy, surrogate
+from coterie.training.remembered import Site
 from coterie.types import ModelId
 
 
@@ -126,7 +127,8 @@ class Learner:
         plan = forest.plan()
         owned = [(batch.policies[p], start, end) for p, start, end in forest.segments]
         segments = [(base.bank.training(model_id), start, end) for model_id, start, end in owned]
-        anchors = self.anchors.of(part, ids, positions, plan, owned)
+        choices = _choices(batch, heads) if self.anchors else None
+        anchors = self.anchors.of(part, Packed(ids, positions, plan, owned, choices))
         scale = torch.tensor([1.0 / max(1, n) for n in batch.turns], device=device)
         with base.trained(ids, positions, plan, segments, checkpoint=self.config.gradient_checkpointing) as hidden:
             if first:
@@ -255,6 +257,17 @@ class Learner:
                     "exp_avg": state[f"{model_id}/exp_avg"].clone().to(adapter.flat.device),
                     "exp_avg_sq": state[f"{model_id}/exp_avg_sq"].clone().to(adapter.flat.device),
                 }
+
+
+def _choices(batch: Batch, heads: Mapping[HeadKey, list[tuple[int, int, Term]]]) -> dict[int, Site] | None:
+    """Where the terms of a pass stand, by packed token; None: some are no choices."""
+    if any(head.allowed is None for head in heads):
+        return None
+    return {
+        row: (batch.policies[policy], batch.sequences[term.sequence][1][: term.position + 1])
+        for entries in heads.values()
+        for row, policy, term in entries
+    }
 
 
 @torch.no_grad()

@@ -1,0 +1,63 @@
+"""Last hidden states under weights that never change, kept from update to update.
+
+A small game asks the same prompts in every update. What the base, or a magnet that stays where it is, makes of them is
+the same every time: only what was never seen is computed, as a forest of its own. What is kept is forgotten when a
+checkpoint is written, so that a run that goes on from there computes the very same numbers: another batch of the same
+tokens may differ in the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.lm.attention import Plan
+from coterie.lm.forest import pack
+from coterie.types import ModelId
+
+Site = tuple[ModelId, tuple[int, ...]]
+"""A policy, and the tokens up to and with the one whose hidden state is meant."""
+Segments = Sequence[tuple[ModelId, int, int]]
+"""Packed tokens [start, end) are those of that policy."""
+Compute = Callable[[Tensor, Tensor, Plan, Segments], Tensor]
+"""(ids, positions, plan, segments) -> (tokens, hidden)."""
+
+MOST_BYTES = 2**26
+"""Of hidden states that are kept; for more, all that came before is forgotten."""
+
+
+class Remembered:
+    """Of one set of weights; `compute` is a pass with them on `device`."""
+
+    def __init__(self, compute: Compute, device: torch.device, most_bytes: int = MOST_BYTES) -> None:
+        self._compute = compute
+        self._device = device
+        self._most_bytes = most_bytes
+        self._rows: dict[Site, Tensor] = {}
+
+    def forget(self) -> None:
+        self._rows.clear()
+
+    def of(self, sites: Mapping[int, Site], tokens: int) -> Tensor:
+        """(tokens, hidden): the last hidden states at `sites`, packed token -> site, at least one; 0 elsewhere."""
+        if sum(row.nbytes for row in self._rows.values()) > self._most_bytes:
+            self.forget()
+        lacking = sorted({site for site in sites.values() if site not in self._rows})
+        if lacking:
+            self._learn(lacking)
+        rows = torch.stack([self._rows[site] for site in sites.values()])
+        out = rows.new_zeros(tokens, rows.shape[1])
+        out[torch.tensor(list(sites), device=self._device)] = rows
+        return out
+
+    def _learn(self, sites: Sequence[Site]) -> None:
+        policies = sorted({policy for policy, _ in sites})
+        number = {policy: i for i, policy in enumerate(policies)}
+        forest = pack([(number[policy], tokens) for policy, tokens in sites])
+        ids, positions = (torch.from_numpy(part).to(self._device) for part in (forest.token_ids, forest.positions))
+        segments = [(policies[p], start, end) for p, start, end in forest.segments]
+        hidden = self._compute(ids, positions, forest.plan(), segments)
+        for site, path in zip(sites, forest.paths, strict=True):
+            self._rows[site] = hidden[int(path[-1])].clone()
