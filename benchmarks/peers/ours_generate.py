@@ -56,7 +56,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
 
     def repeat(asked: Facts) -> Facts:
         if asked.get("profile"):
-            made, events = loop.run_until_complete(profiled(answer(asked), base.device.type))
+            made, events = loop.run_until_complete(profiled(answer(asked), base))
             return {"profile": {"generation": by_kind(events, asked["seconds"], shape.head_dim)}}
         started = time.perf_counter()
         made = loop.run_until_complete(answer(asked))

@@ -3,7 +3,7 @@
     some updates, timed                       -> seconds of rollout and learning
     the turns and advantages of each update   -> the least that must be computed for them (`coterie.lm.cost`)
     matrix products, timed between updates    -> the seconds that takes at best: the limit
-    one more update under torch's profiler    -> shares of matrix products, attention, sampling, copies, Python
+    one more update under torch's profiler    -> shares of matrix products, adapters, attention, sampling, Python, …
 
 `Meter` does this for one environment and is what the repository's benchmarks use too. It watches the loop through
 what the loop offers (its records, its `keep` callback, its credit scheme), so it does not depend on how engine and
@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
 
     from coterie.credit.base import Credit
+    from coterie.lm.base import BaseModel
     from coterie.lm.cost import Adapters, DecoderShape, Work
 
 T = TypeVar("T")
@@ -39,15 +41,19 @@ T = TypeVar("T")
 ROLLOUT, LEARNING = "rollout", "learning"
 PHASES = (ROLLOUT, LEARNING)
 
-KINDS = ("matrix products", "attention", "sampling and loss", "copies", "element-wise", "Python")
-"""What time goes to. Python is whatever passes outside torch's operations."""
+KINDS = ("matrix products", "adapters", "attention", "sampling and loss", "copies", "element-wise", "Python")
+"""What time goes to. Python is whatever passes outside torch's operations and our own."""
 
 _MATRIX = re.compile(r"aten::(mm|addmm|linear|addmv|mv|dot|mkldnn_linear.*|_.*mm.*)|mkldnn.*|mkl::.*")
 _BATCHED = re.compile(r"aten::(bmm|baddbmm|matmul|einsum)")
-_ATTENTION = re.compile(r"aten::(_?scaled_dot_product.*|_softmax.*|softmax.*|_?flex_attention.*)")
+_ADAPTERS = re.compile(r"coterie::add_low_rank")
+_ATTENTION = re.compile(
+    r"aten::(_?scaled_dot_product.*|_softmax.*|softmax.*|_?flex_attention.*)"
+    r"|coterie::(attend|masked_softmax|softmax_scores_backward)"
+)
 _SAMPLING = re.compile(
     r"aten::(_?log_softmax.*|logsumexp|exp_?|log_?|cumsum_?|searchsorted|bucketize|multinomial|argmax|topk|sort"
-    r"|exponential_|special_entr|entropy|nll_loss.*|xlogy)"
+    r"|exponential_|special_entr|entropy|nll_loss.*|xlogy)|coterie::(summarise|pick|softmax_backward)"
 )
 _COPIES = re.compile(
     r"aten::(copy_|clone|contiguous|_to_copy|to|cat|stack|index.*|gather.*|scatter.*|embedding.*|fill_|zero_|zeros.*"
@@ -135,7 +141,7 @@ class Meter:
 
         `typical`: seconds each phase takes without a profiler, which slows down what stands between operations.
         """
-        (record,), recorded = await profiled(self.environment.train_cycles(1), self.base.device.type)
+        (record,), recorded = await profiled(self.environment.train_cycles(1), self.base)
         walls = {ROLLOUT: record.seconds["rollout"], LEARNING: record.seconds["learn"]}
         border = min((event.time_range.start for event in recorded if event.name == _BORDER), default=math.inf)
         found = {}
@@ -214,14 +220,15 @@ class Meter:
 # -- where the time goes --------------------------------------------------------------------------------------------
 
 
-async def profiled(work: Awaitable[T], device: str) -> tuple[T, list[FunctionEvent]]:
-    """Await `work` under torch's profiler; what it returned, and every operation."""
+async def profiled(work: Awaitable[T], base: BaseModel) -> tuple[T, list[FunctionEvent]]:
+    """Await `work`, which computes with `base`, under torch's profiler; what it returned, and every operation."""
     from torch.autograd.profiler import profile
 
     # else it says on standard error that it starts and stops, into a live table or beside JSON
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    other = device if device != "cpu" else None
-    with profile(use_device=other, use_kineto=other is not None, record_shapes=True) as recorded:
+    other = base.device.type if base.device.type != "cpu" else None
+    told = base.kernels.told() if base.kernels is not None else nullcontext()
+    with told, profile(use_device=other, use_kineto=other is not None, record_shapes=True) as recorded:
         returned = await work
     return returned, list(recorded.function_events or ())
 
@@ -239,7 +246,7 @@ def by_kind(events: Sequence[FunctionEvent], wall: float, head_dim: int) -> dict
 
 
 def kind_of(name: str, shapes: Sequence[Sequence[int]], head_dim: int) -> str | None:
-    """Which of `KINDS` a profiled operation belongs to; None: not an operation of torch.
+    """Which of `KINDS` a profiled operation belongs to; None: no operation of torch or ours.
 
     Batched products are attention's when one of their dimensions is that of a head, and of adapters otherwise.
     """
@@ -247,8 +254,8 @@ def kind_of(name: str, shapes: Sequence[Sequence[int]], head_dim: int) -> str | 
         return None
     if _BATCHED.fullmatch(name):
         sizes = {size for shape in shapes for size in shape[-2:]} if shapes else {head_dim}
-        return "attention" if head_dim in sizes else "matrix products"
-    for kind, pattern in zip(KINDS, (_MATRIX, _ATTENTION, _SAMPLING, _COPIES), strict=False):
+        return "attention" if head_dim in sizes else "adapters"
+    for kind, pattern in zip(KINDS, (_MATRIX, _ADAPTERS, _ATTENTION, _SAMPLING, _COPIES), strict=False):
         if pattern.fullmatch(name):
             return kind
     return "element-wise"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.profiler import profile
 from typer.testing import CliRunner
 
 from coterie.bench import (
@@ -29,6 +30,8 @@ from coterie.bench import (
 from coterie.cli.main import app
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
+from coterie.lm.base import BaseModel
+from coterie.lm.forest import pack
 from coterie.types import Episode
 
 
@@ -148,7 +151,11 @@ def test_figures_are_medians_and_limits_use_the_rates_around_an_update() -> None
         ("aten::mm", [[4, 8], [8, 8]], "matrix products"),
         ("aten::bmm", [[6, 4, 16], [6, 16, 9]], "attention"),
         ("aten::bmm", [[6, 4, 9], [6, 9, 16]], "attention"),
-        ("aten::bmm", [[2, 4, 64], [2, 64, 8]], "matrix products"),
+        ("aten::bmm", [[2, 4, 64], [2, 64, 8]], "adapters"),
+        ("coterie::add_low_rank", [], "adapters"),
+        ("coterie::attend", [], "attention"),
+        ("coterie::summarise", [], "sampling and loss"),
+        ("coterie::rms_norm_backward", [], "element-wise"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
         ("aten::_softmax", [], "attention"),
         ("aten::_log_softmax_backward_data", [], "sampling and loss"),
@@ -163,7 +170,7 @@ def test_operations_are_told_apart(name: str, shapes: list[list[int]], kind: str
     assert kind_of(name, shapes, head_dim=16) == kind
 
 
-def test_profiled_time_is_that_of_the_operations_and_the_rest_is_python() -> None:
+def test_profiled_time_is_that_of_the_operations_and_the_rest_is_python(tiny_base: BaseModel) -> None:
     a = torch.ones(400, 400)
 
     async def work() -> int:
@@ -171,7 +178,7 @@ def test_profiled_time_is_that_of_the_operations_and_the_rest_is_python() -> Non
             torch.mm(a, a)
         return sum(i * i for i in range(100_000))
 
-    returned, events = asyncio.run(profiled(work(), "cpu"))
+    returned, events = asyncio.run(profiled(work(), tiny_base))
     assert returned > 0
     assert sum(event.name == "aten::mm" for event in events) == 5
     found = by_kind(events, 10.0, head_dim=16)
@@ -182,6 +189,19 @@ def test_profiled_time_is_that_of_the_operations_and_the_rest_is_python() -> Non
     assert by_kind(events, 0.0, head_dim=16)["Python"] == 0.0
     assert shares(found)["Python"] == pytest.approx(found["Python"] / 10.0)
     assert shares(dict.fromkeys(KINDS, 0.0)) == {}
+
+
+def test_our_own_kernels_are_seen_while_it_is_profiled(tiny_base: BaseModel) -> None:
+    async def work() -> None:
+        tiny_base.hidden(torch.arange(3), torch.arange(3), pack([(0, (0, 1, 2))]).plan(), [])
+
+    _, events = asyncio.run(profiled(work(), tiny_base))
+    seen = {event.name for event in events if event.name.startswith("coterie::")}
+    parts = {"rms_norm", "rotate", "masked_softmax", "swiglu"} if tiny_base.kernels is not None else set()
+    assert seen == {f"coterie::{part}" for part in parts}
+    with profile() as later:
+        asyncio.run(work())
+    assert not any(event.name.startswith("coterie::") for event in later.function_events or ())
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

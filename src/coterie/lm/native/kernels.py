@@ -7,7 +7,8 @@ on another device, callers compose the same of torch's operations; results agree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from coterie.lm.adapter import Cast, Segment
 from coterie.lm.native.build import find_library
@@ -112,6 +114,26 @@ class Kernels:
             function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
             function.argtypes, function.restype = types, None
             setattr(self, f"_{name}", function)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Meanwhile every call is an event of torch's profiler, coterie::attend and so on."""
+        plain = {name: getattr(self, f"_{name}") for name in _ARGUMENTS}
+
+        def event(name: str, function: Any) -> Any:
+            def call(*given: Any) -> None:
+                with record_function(f"coterie::{name}"):
+                    function(*given)
+
+            return call
+
+        for name, function in plain.items():
+            setattr(self, f"_{name}", event(name, function))
+        try:
+            yield
+        finally:
+            for name, function in plain.items():
+                setattr(self, f"_{name}", function)
 
     _rms_norm: Any
     _rms_norm_backward: Any
