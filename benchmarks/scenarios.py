@@ -68,7 +68,7 @@ class Series:
     work: Path
     changes: tuple[str, ...]
     wanted: tuple[str, ...]
-    """Of "frozen", "apart" and "others"; the rest comes with training."""
+    """Of "frozen", "apart" and "others"; the rest comes with training. Or "variants" and nothing else."""
 
     def folder(self, seed: int, *words: str) -> Path:
         """Of the run that trained these models, the others being the base; of all, when none is named."""
@@ -165,12 +165,11 @@ def measure(series: Series, seeds: Sequence[int], results: Path, variants: Seque
         print(f"{path} is of another state of {shown}: its {len(found.runs)} seeds are replaced", flush=True)
         found = ClaimFile(series.config.stem, shown, known)
     together: dict[int, dict[str, Any]] = {}
-    for seed in seeds:
+    for seed in seeds if "variants" not in series.wanted else ():
         print(f"== {series.config.stem}, seed {seed}: together", flush=True)
         together[seed] = series.train_together(seed)
     groups = series.groups()
-    for at, seed in enumerate(seeds):
-        run = together[seed]
+    for at, (seed, run) in enumerate(together.items()):
         players = run["heldout"]["players"]
         conditions: dict[str, Figures] = {
             "bare base": players["bare base"],
@@ -345,9 +344,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", type=Path, nargs="?", help="a config of the repository")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     made.add_argument(
-        "--only", nargs="+", choices=("together", "frozen", "apart", "others"), metavar="WHAT",
+        "--only", nargs="+", choices=("together", "frozen", "apart", "others", "variants"), metavar="WHAT",
         default=["together", "frozen", "apart", "others"],
-        help="of together (always), frozen, apart, others; default: all of them",
+        help="of together (always), frozen, apart, others; default: all of them; variants: the --variant alone",
     )  # fmt: skip
     made.add_argument(
         "--variant", nargs="+", action="append", default=[], dest="variants", metavar=("NAME", "KEY=VALUE"),
@@ -383,6 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = next((v.name for v in variants if not v.changes or not v.name.replace(" ", "").isidentifier()), None)
     if wrong is not None:
         print(f"error: --variant {wrong}: give a name of words, then at least one KEY=VALUE", file=sys.stderr)
+        return 2
+    if "variants" in options.only and not variants:
+        print("error: --only variants: give --variant too, or there is nothing to measure", file=sys.stderr)
         return 2
     config = options.config.resolve()
     # steps of another state of the config are not those of this one

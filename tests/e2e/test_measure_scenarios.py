@@ -125,6 +125,14 @@ def test_variants(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
     assert RunDirectory.open(work / "seed0").config.mode == "cooperative"
     assert RunDirectory.open(work / "seed0-rival").config.mode == "competitive"
     assert RunDirectory.open(work / "seed0-mixed-half").config.scenario.options["reward_pool"] == 2.0
+    # one more of another seed, which is not trained as it is
+    commands.ran.clear()
+    assert measure(path, tmp_path, "--seeds", "1", "--only", "variants", "--variant", "late", "updates=2") == 0
+    assert commands.ran == ["train"]
+    found = json.loads((tmp_path / "results" / "code.json").read_text())
+    assert sorted((run["seed"], run["variant"]) for run in found["runs"]) == [
+        (0, ""), (0, "mixed half"), (0, "rival"), (1, "late"),
+    ]  # fmt: skip
 
 
 def test_teams_play_matches(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
@@ -181,6 +189,7 @@ def test_means_of_learners_take_each_from_its_own_run() -> None:
         (["CONFIG", "--set", "updates=1"], "--set needs --results DIR"),
         (["CONFIG", "--variant", "rival"], "--variant rival: give a name of words, then at least one KEY=VALUE"),
         (["CONFIG", "--variant", "mode=competitive", "seed=1"], "--variant mode=competitive: give a name of words"),
+        (["CONFIG", "--only", "variants"], "--only variants: give --variant too"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
