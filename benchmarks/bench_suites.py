@@ -34,8 +34,8 @@ class Sizes:
     adapters: tuple[int, ...] = (0, 2, 4)
     policies: tuple[int, ...] = (1, 2, 4, 8, 16)
     policies_update: tuple[int, int, int, int] = (16, 4, 60, 32)
-    memory: tuple[int, ...] = (1, 5, 9, 13, 17)
-    memory_update: tuple[int, int, int, int] = (17, 4, 60, 8)
+    memory: tuple[int, ...] = (1, 9, 17)
+    memory_update: tuple[int, int, int, int] = (17, 4, 40, 4)
     episodes: tuple[int, ...] = (10, 100, 1000, 10000)
     micro_batches: tuple[int, int] = (32, 16)
     """TRL's own choice of sequences a pass, found by trial: of the small and of the large update."""
@@ -251,9 +251,13 @@ def _policies(sizes: Sizes, material: Mapping[str, Any]) -> Suite:
 def _memory(sizes: Sizes, material: Mapping[str, Any]) -> Suite:
     spec = _update_spec(sizes.memory_update, material, "memory", forced=True)
     counts = list(sizes.memory)
-    entry = Entry("memory", "memory", {"peer": "ours", "counts": counts}, lambda number: {"counts": counts})
+    runners = [Runner(dtype, "ours", "ours_memory.py", {**spec, "dtype": dtype}) for dtype in ("float32", "bfloat16")]
+    entries = [
+        Entry(runner.name, runner.name, {"peer": "ours", "dtype": runner.name}, lambda number: {"counts": counts})
+        for runner in runners
+    ]
     workload = {**_workload(sizes.memory_update, forced=True), "counts": counts}
-    return Suite("memory", workload, (Runner("memory", "ours", "ours_memory.py", spec),), (entry,), repeats=1)
+    return Suite("memory", workload, tuple(runners), tuple(entries), repeats=1)
 
 
 def _episodes(sizes: Sizes, material: Mapping[str, Any]) -> Suite:

@@ -240,19 +240,28 @@ class Page:
     def memory(self) -> str:
         title = "Memory of a policy"
         suite = self.results.get("memory")
-        entry = suite.one(peer="ours") if suite else None
-        if suite is None or entry is None:
+        found = {entry.data["dtype"]: entry for entry in suite.find(peer="ours") if entry.runs} if suite else {}
+        if suite is None or not found:
             return missing(title, "memory")
-        state = suite.data["runners"][entry.data["runner"]]["state_bytes"] / 2**20
-        held = {int(n): b / 2**20 for n, b in entry.runs[-1]["resident"].items()}
+        state = max(suite.data["runners"][entry.data["runner"]]["state_bytes"] for entry in found.values()) / 2**20
+        held = {
+            dtype: {int(n): size / 2**20 for n, size in entry.runs[-1]["resident"].items()}
+            for dtype, entry in found.items()
+        }
         intro = (
             f"Resident memory of a run by its number of policies, each of rank {suite.workload['rank']} and trained. "
-            f"An adapter, its gradient and AdamW's two moments in float32 are {state:.1f} MB."
+            f"An adapter, its gradient and AdamW's two moments in float32 are {state:.1f} MB; beside a base in "
+            "bfloat16 the engine also holds a copy of the adapter in bfloat16."
         )
-        rows = [[str(count), f"{size:.0f}"] for count, size in held.items()]
-        added = slope(held)
-        verdict = Verdict(f"{added:.1f} MB for each added policy, of its state", added / state, 1.2, False)
-        return section(title, suite, intro, table(["policies", "MB"], rows), "", [verdict])
+        counts = sorted({count for sizes in held.values() for count in sizes})
+        rows = [[str(n), *(f"{sizes[n]:.0f}" if n in sizes else "" for sizes in held.values())] for n in counts]
+        verdicts = []
+        for dtype, sizes in held.items():
+            added = slope(sizes)
+            what = f"beside a base in {dtype}, {added:.1f} MB for each added policy, of its state"
+            verdicts.append(Verdict(what, added / state, 1.2, False))
+        heads = ["policies", *(f"MB, base in {dtype}" for dtype in held)]
+        return section(title, suite, intro, table(heads, rows), "", verdicts)
 
     # -- many episodes ----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Coterie: whole updates, rollout and learning, of one policy or of several.
 
 spec: model, prompts (each {"system", "user", "ids"}), answers (per prompt), tokens (most of an answer), forced
-(answers never end early), rank, policies (how many), kernels (false: as where there is no C++ compiler). go:
+(answers never end early), rank, policies (how many), dtype (of the base; unset: what fits this processor), kernels
+(false: as where there is no C++ compiler). go:
 {"profile": true} profiles the update instead of timing it.
 """
 
@@ -26,7 +27,7 @@ def run_config(spec: Facts) -> RunConfig:
         {
             "updates": 10_000,
             "max_models": len(names),
-            "base": {"model": spec["model"]},
+            "base": {"model": spec["model"], "dtype": spec.get("dtype", "auto")},
             "models": [
                 {"model_id": n, "lora_rank": spec["rank"], "lora_alpha": 2 * spec["rank"], "learning_rate": 1e-5}
                 for n in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from coterie.models import ModelConfig
 from coterie.training.batch import Batch, HeadKey, Term
 from coterie.training.learner import Learner
 from coterie.types import AdapterVersion, GenerateRequest
+from tests.conftest import MakeBase
 
 LAYERS, LINEARS = 3, 7
 
@@ -167,6 +169,41 @@ def test_a_policy_adds_its_weights_gradient_and_two_moments(tiny_base: BaseModel
     assert adapter.grad is not None
     assert adapter.grad.numel() == size
     assert sorted(t.numel() for t in state) == [size] * 3  # weights and both moments
+
+
+def _held() -> int:
+    """Bytes of all tensors that somebody still holds, but for matrices packed by oneDNN, which are the base's."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_added_policy_holds_little_beside_its_state(make_base: MakeBase, dtype: str) -> None:
+    """What engine and learner keep of it from pass to pass: copies of the factors in the base's type, once."""
+    base = make_base(dtype=dtype)
+    models = [ModelConfig(model_id=f"m{n}", lora_rank=8) for n in range(9)]
+    learner = Learner(base, [], LearnerConfig(), 9)
+    engine = LocalEngine(base, cache_tokens=2000)
+
+    def held(count: int) -> int:
+        for model in models[len(learner.models) : count]:
+            base.bank.add(model.model_id, 8, 16.0, 0)
+            learner.add(model)
+        versions = [AdapterVersion(model.model_id, 0) for model in models[:count]]
+        for update in (1, 2):
+            ask = [GenerateRequest(_prompt(k, 20), v, seed=k, max_tokens=2) for k, v in enumerate(versions)]
+            _serve(engine, ask)
+            learner.step(_batch(count, 2, 10, 2), update)
+        _serve(engine, ask)
+        return _held()
+
+    one, nine = held(1), held(9)
+    size = sum(8 * (fan_in + fan_out) for _, fan_in, fan_out in base.bank.sizes)
+    # the weights themselves are rows of a pool that is there from the first policy on
+    assert 3 * 4 * size < (nine - one) / 8 <= (1.15 * 4 - 1) * 4 * size
 
 
 def test_the_cache_is_as_large_as_its_slots_and_no_larger(tiny_base: BaseModel) -> None:

@@ -152,15 +152,25 @@ def test_many_policies_and_their_memory() -> None:
         for n, t in ((1, 4.0), (16, 5.0))
     }  # fmt: skip
     workload = {"prompts": 16, "answers": 8, "prompt_tokens": 60, "tokens": 32, "forced": True, "rank": 8}
-    held = {"1": 100 * 2**20, "5": 140 * 2**20}
-    memory = suite({"memory": {"runner": "ours", "peer": "ours", "runs": runs(3.0, resident=held)}}, workload)
+    memory_entries = {
+        dtype: {
+            "runner": "ours", "peer": "ours", "dtype": dtype,
+            "runs": runs(3.0, resident={"1": 100 * 2**20, "5": (100 + 4 * added) * 2**20}),
+        }
+        for dtype, added in (("float32", 8), ("bfloat16", 10))
+    }  # fmt: skip
+    memory = suite(memory_entries, workload)
     memory["runners"]["ours"]["state_bytes"] = 8 * 2**20
     text = written({"policies": suite(entries, workload), "memory": memory})
     many = section(text, "Many policies")
     assert "| 16 | 2.50 (2.50 to 2.50) | 2.50 (2.50 to 2.50) | 5.00 (5.00 to 5.00) | 1.25 | 50 |" in many
     assert "- **not reached**: 16 policies against one, time: 1.25 times (aimed at: at most 1.2)" in many
     assert "rollout costs 1.25 times" in many
-    assert "- **not reached**: 10.0 MB for each added policy, of its state: 1.25 times" in section(text, "Memory")
+    kept = section(text, "Memory")
+    assert "| policies | MB, base in float32 | MB, base in bfloat16 |" in kept
+    assert "| 5 | 132 | 140 |" in kept
+    assert "- reached: beside a base in float32, 8.0 MB for each added policy, of its state: 1.00 times" in kept
+    assert "- **not reached**: beside a base in bfloat16, 10.0 MB for each added policy, of its state: 1.25" in kept
 
 
 def test_many_episodes() -> None:
