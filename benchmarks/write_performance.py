@@ -52,7 +52,8 @@ METHOD = """## How it was measured
   include them, and the entropy. vLLM runs as a library, without HTTP, and no repetition repeats a prompt.
 - Overhead per turn is an update without the model: an engine answers all episodes that wait at once, and its own time
   is taken off.
-- Where time goes is from torch's profiler over one more repetition; Python is what passes outside torch's operations.
+- Where time goes is from torch's profiler over one more repetition; Python is what passes outside torch's operations
+  and compiled kernels.
 """
 
 

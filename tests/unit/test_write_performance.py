@@ -43,7 +43,10 @@ def suite(entries: dict[str, Any], workload: dict[str, Any] | None = None, **mor
 
 def update(ours: float, tuned: float, learning: float = 1.2) -> dict[str, Any]:
     mine = runs(ours, ours + 1, ours - 1, phases=phases(ours - learning, learning))
-    profile = {name: {"matrix products": 6.0, "attention": 3.0, "Python": 1.0} for name in ("rollout", "learning")}
+    profile = {
+        name: {"matrix products": 6.0, "adapters": 0.0, "attention": 3.0, "Python": 1.0}
+        for name in ("rollout", "learning")
+    }
     entries = {
         "TRL, its defaults (bfloat16)": {"runner": "d", "peer": "trl", "dtype": "bfloat16", "runs": runs(900.0)},
         "TRL, tuned (float32)": {"runner": "t", "peer": "trl", "dtype": "float32", "runs": runs(tuned, tuned, tuned)},
@@ -141,6 +144,11 @@ def test_generation_is_held_against_bare_transformers_vllm_and_itself() -> None:
     # 32 tokens * 4 GB at 2 GB/s
     assert "| Coterie, 4 adapters | 2.20 | 1.00 | 2.2 | 64.00 | matrix products 100 % |" in text
     assert "- not measured: peft: no such wheel" in text
+
+
+def test_a_profile_without_adapters_is_of_the_time_when_kernels_counted_as_python() -> None:
+    entry = bench_read.Measured("x", {"profile": {"learning": {"matrix products": 3.0, "Python": 1.0}}, "runs": []}, [])
+    assert entry.profile("learning") == {"matrix products": 0.75, "Python and compiled kernels": 0.25}
 
 
 def test_many_policies_and_their_memory() -> None:
