@@ -3,79 +3,97 @@
 #pragma once
 
 #include "layers.h"
+#include "wide.h"
 
 namespace {
 
 // -- attention of cached keys -----------------------------------------------------------------------------------------
 
-// The product of two vectors. Of bfloat16, some processors add up pairs of products without widening them first.
-template <int D> inline float dot(const float* a, const float* b, int64_t some_dim) {
-    const int64_t dim = D ? D : some_dim;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < dim; i++) sum += a[i] * b[i];
-    return sum;
-}
-template <int D> inline float dot(const bf16* a, const bf16* b, int64_t some_dim) {
-    const int64_t dim = D ? D : some_dim;
+// sum + a * b of STEP numbers. Of bfloat16, some processors add up pairs of products without widening them first.
+template <class T> constexpr int64_t STEP = WIDE;
+template <class T> inline floats multiply_add(floats sum, const T* a, const T* b) { return sum + load_wide(a) * load_wide(b); }
 #ifdef __AVX512BF16__
-    if (D && D % 32 == 0) {
-        __m512 sums = _mm512_setzero_ps();
-        for (int64_t i = 0; i < D; i += 32)
-            sums = _mm512_dpbf16_ps(sums, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-        return _mm512_reduce_add_ps(sums);
-    }
+template <> constexpr int64_t STEP<bf16> = 32;
+inline floats multiply_add(floats sum, const bf16* a, const bf16* b) {
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
 #endif
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < dim; i++) sum += load(a[i]) * load(b[i]);
-    return sum;
+
+// scores of K keys for the G query heads; those of head g go to scores + g * row
+template <class T, int G, int D, int K>
+inline void score_keys(const T* q, const T* keys, const int32_t* slots, float scale, float* scores, int64_t row) {
+    floats sums[G][K] = {};
+    for (int64_t i = 0; i < D; i += STEP<T>)
+        for (int64_t n = 0; n < K; n++)
+            for (int64_t g = 0; g < G; g++) sums[g][n] = multiply_add(sums[g][n], q + g * D + i, keys + slots[n] * D + i);
+    for (int64_t g = 0; g < G; g++)
+        for (int64_t n = 0; n < K; n++) scores[g * row + n] = sum_of(sums[g][n]) * scale;
 }
 
-// The G query heads of one key head at one token. G and D are known to the compiler where they are not 0.
+// probabilities of n keys from their scores, in place
+template <class T> void softmax_row(float* row, int64_t n) {
+    float most = row[0], sum = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < n; i++) most = row[i] > most ? row[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) {
+        row[i] = quick_exp(row[i] - most);
+        sum += row[i];
+    }
+    float share = 1.0f / sum;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) row[i] = rounded<T>(row[i] * share);
+}
+
+// the power of two, at most `wanted`, that times `sums` registers hold
+constexpr int64_t fitting(int64_t wanted, int64_t sums) {
+    int64_t found = wanted;
+    while (found > 1 && found * sums > SUMS) found /= 2;
+    return found;
+}
+
+// The G query heads of one key head at one token; scratch: (G, seen).
 template <class T, int G, int D>
 void attend_token(const T* q, const T* keys, const T* values, const int32_t* slots, int64_t seen, float scale, T* out,
-                  float* scratch, int64_t some_group, int64_t some_dim) {
-    const int64_t group = G ? G : some_group, dim = D ? D : some_dim;
-    float* scores = scratch;              // (group, seen)
-    for (int64_t n = 0; n < seen; n++) {
-        const T* key = keys + slots[n] * dim;
-        for (int64_t g = 0; g < group; g++) scores[g * seen + n] = dot<D>(q + g * dim, key, dim) * scale;
-    }
-    for (int64_t g = 0; g < group; g++) {
-        float* row = scores + g * seen;
-        float most = row[0], sum = 0.0f;
-#pragma omp simd reduction(max : most)
-        for (int64_t n = 0; n < seen; n++) most = row[n] > most ? row[n] : most;
-#pragma omp simd reduction(+ : sum)
+                  float* scratch, int64_t, int64_t) {
+    constexpr int64_t KEYS = fitting(4, G), PARTS = fitting(D / WIDE, G);
+    int64_t first = 0;
+    for (; first + KEYS <= seen; first += KEYS)
+        score_keys<T, G, D, KEYS>(q, keys, slots + first, scale, scratch + first, seen);
+    for (; first < seen; first++) score_keys<T, G, D, 1>(q, keys, slots + first, scale, scratch + first, seen);
+    for (int64_t g = 0; g < G; g++) softmax_row<T>(scratch + g * seen, seen);
+    for (int64_t at = 0; at < D; at += PARTS * WIDE) {
+        floats sums[G][PARTS] = {};
         for (int64_t n = 0; n < seen; n++) {
-            row[n] = quick_exp(row[n] - most);
-            sum += row[n];
-        }
-        float share = 1.0f / sum;
-#pragma omp simd
-        for (int64_t n = 0; n < seen; n++) row[n] = rounded<T>(row[n] * share);
-    }
-    if (G && D) {
-        float total[G ? G : 1][D ? D : 1] = {};
-        for (int64_t n = 0; n < seen; n++) {
-            const T* value = values + slots[n] * D;
-            for (int64_t g = 0; g < G; g++) {
-                float p = scores[g * seen + n];
-#pragma omp simd
-                for (int64_t i = 0; i < D; i++) total[g][i] += p * load(value[i]);
-            }
+            const T* value = values + slots[n] * D + at;
+            for (int64_t g = 0; g < G; g++)
+                for (int64_t i = 0; i < PARTS; i++) sums[g][i] += scratch[g * seen + n] * load_wide(value + i * WIDE);
         }
         for (int64_t g = 0; g < G; g++)
-            for (int64_t i = 0; i < D; i++) store(out[g * D + i], total[g][i]);
-        return;
+            for (int64_t i = 0; i < PARTS; i++) store_wide(out + g * D + at + i * WIDE, sums[g][i]);
     }
-    float* total = scores + group * seen;  // (group, dim)
+}
+
+// The same for any group and dimension; scratch: (group, seen), then (group, dim).
+template <class T>
+void attend_any(const T* q, const T* keys, const T* values, const int32_t* slots, int64_t seen, float scale, T* out,
+                float* scratch, int64_t group, int64_t dim) {
+    for (int64_t n = 0; n < seen; n++) {
+        const T* key = keys + slots[n] * dim;
+        for (int64_t g = 0; g < group; g++) {
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < dim; i++) sum += load(q[g * dim + i]) * load(key[i]);
+            scratch[g * seen + n] = sum * scale;
+        }
+    }
+    for (int64_t g = 0; g < group; g++) softmax_row<T>(scratch + g * seen, seen);
+    float* total = scratch + group * seen;
     std::memset(total, 0, group * dim * sizeof(float));
     for (int64_t n = 0; n < seen; n++) {
         const T* value = values + slots[n] * dim;
         for (int64_t g = 0; g < group; g++) {
-            float p = scores[g * seen + n];
+            float p = scratch[g * seen + n];
 #pragma omp simd
             for (int64_t i = 0; i < dim; i++) total[g * dim + i] += p * load(value[i]);
         }
@@ -94,7 +112,7 @@ template <class T, int D> Attend<T> by_group(int64_t group) {
         case 4: return attend_token<T, 4, D>;
         case 7: return attend_token<T, 7, D>;
         case 8: return attend_token<T, 8, D>;
-        default: return attend_token<T, 0, D>;
+        default: return attend_any<T>;
     }
 }
 
@@ -104,7 +122,7 @@ void attend(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, in
             int64_t angle_row, T* pool_k, T* pool_v, int64_t pool_head, const int32_t* own, const int32_t* slots,
             const int64_t* first, const int32_t* seen, T* out, int64_t tokens, int64_t kv_heads, int64_t group, int64_t dim,
             float scale, int64_t most_seen, int threads) {
-    Attend<T> one = dim == 64 ? by_group<T, 64>(group) : dim == 128 ? by_group<T, 128>(group) : by_group<T, 0>(group);
+    Attend<T> one = dim == 64 ? by_group<T, 64>(group) : dim == 128 ? by_group<T, 128>(group) : attend_any<T>;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> scratch(group * (dim + most_seen));

@@ -2,36 +2,9 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "wide.h"
 
 namespace {
-
-// as wide as a register, or compilers keep the sums in memory
-#ifdef __AVX512F__
-constexpr int64_t WIDE = 16;
-#else
-constexpr int64_t WIDE = 8;
-#endif
-typedef float floats __attribute__((vector_size(WIDE * 4)));
-typedef uint32_t words __attribute__((vector_size(WIDE * 4)));
-typedef uint16_t halves __attribute__((vector_size(WIDE * 2)));
-
-inline floats load_wide(const float* from) {
-    floats out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-inline floats load_wide(const bf16* from) {
-    halves bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return (floats)(__builtin_convertvector(bits, words) << 16);
-}
-inline void store_wide(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
-inline void store_wide(bf16* to, floats x) {
-    words wide = (words)x;
-    halves bits = __builtin_convertvector((wide + 0x7FFFu + ((wide >> 16) & 1u)) >> 16, halves);
-    std::memcpy(to, &bits, sizeof bits);
-}
 
 constexpr int64_t TOGETHER = 4;  // tokens for which a row of B is read once
 
@@ -42,8 +15,7 @@ template <int N> inline void against_row(const float* x, int64_t x_row, const fl
     for (; i + WIDE <= size; i += WIDE)
         for (int t = 0; t < N; t++) sums[t] += load_wide(row + i) * load_wide(x + t * x_row + i);
     for (int t = 0; t < N; t++) {
-        float sum = 0.0f;
-        for (int lane = 0; lane < WIDE; lane++) sum += sums[t][lane];
+        float sum = sum_of(sums[t]);
         for (int64_t at = i; at < size; at++) sum += row[at] * x[t * x_row + at];
         out[t] = sum;
     }
@@ -63,8 +35,7 @@ template <int N> inline void against_row(const bf16* x, int64_t x_row, const bf1
     floats sums[N] = {};
     for (; i + WIDE <= size; i += WIDE)
         for (int t = 0; t < N; t++) sums[t] += load_wide(row + i) * load_wide(x + t * x_row + i);
-    for (int t = 0; t < N; t++)
-        for (int lane = 0; lane < WIDE; lane++) out[t] += sums[t][lane];
+    for (int t = 0; t < N; t++) out[t] = sum_of(sums[t]);
 #endif
     for (; i < size; i++)
         for (int t = 0; t < N; t++) out[t] += load(row[i]) * load(x[t * x_row + i]);

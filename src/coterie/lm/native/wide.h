@@ -1,0 +1,48 @@
+// Vectors of numbers, as wide as a register.
+
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+// wider ones are kept in memory by compilers, at a fifth of the speed
+#if defined(__AVX512F__)
+constexpr int64_t WIDE = 16, SUMS = 24;  // SUMS: how many may be under way at once, so that registers hold them
+#elif defined(__AVX__)
+constexpr int64_t WIDE = 8, SUMS = 12;
+#elif defined(__aarch64__)
+constexpr int64_t WIDE = 4, SUMS = 24;
+#else
+constexpr int64_t WIDE = 4, SUMS = 12;
+#endif
+typedef float floats __attribute__((vector_size(WIDE * 4)));
+typedef uint32_t words __attribute__((vector_size(WIDE * 4)));
+typedef uint16_t halves __attribute__((vector_size(WIDE * 2)));
+
+inline floats load_wide(const float* from) {
+    floats out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+inline floats load_wide(const bf16* from) {
+    halves bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return (floats)(__builtin_convertvector(bits, words) << 16);
+}
+inline void store_wide(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
+inline void store_wide(bf16* to, floats x) {
+    words wide = (words)x;
+    halves bits = __builtin_convertvector((wide + 0x7FFFu + ((wide >> 16) & 1u)) >> 16, halves);
+    std::memcpy(to, &bits, sizeof bits);
+}
+
+inline float sum_of(floats x) {
+    float lanes[WIDE];
+    std::memcpy(lanes, &x, sizeof x);
+    for (int64_t half = WIDE / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+}  // namespace
