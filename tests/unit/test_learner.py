@@ -512,12 +512,17 @@ def test_what_an_anchor_that_stays_makes_of_choices_is_computed_once(
     assert 0 < passes[2] == passes[3] < more, "what was there is not computed again"
     learner.step(all_of_them, 4)
     assert len(passes) == 4
-    learner.state()
-    learner.step(all_of_them, 5)
-    assert passes[4:] == [more] * 2, "a run that goes on from a checkpoint computes the same"
+    resumed = Learner(tiny_base, MODELS, LearnerConfig(kl_coefficient=0.1), 9, stays)
+    resumed.restore(learner.state())
+    resumed.step(all_of_them, 5)
+    assert len(passes) == 4, "a run that goes on from a checkpoint knows the same"
+    for there, here in ((learner.anchors._of_base, resumed.anchors._of_base),
+                        (learner.anchors._of_magnets, resumed.anchors._of_magnets)):  # fmt: skip
+        assert there._rows.keys() == here._rows.keys()
+        assert all(torch.equal(row, here._rows[site]) for site, row in there._rows.items())
     learner.anchors._of_base._most_bytes = 0
     learner.step(all_of_them, 6)
-    assert len(passes) == 7, "more than may be kept"
+    assert passes[4:] == [more], "more than may be kept"
 
     passes.clear()
     moves = Magnet(strength=0.1, proximal=0.0, every=1, rate=0.5)
@@ -541,7 +546,8 @@ def test_what_is_remembered_pulls_as_what_is_computed_anew(make_base: MakeBase) 
             kept.flat.mul_(0.5)
             kept.touch()
     for batch in batches:
-        anew.state()
+        anew.anchors._of_base.forget()
+        anew.anchors._of_magnets.forget()
         for learner in (remembering, anew):
             learner.backward(batch)
         for i in ids:

@@ -72,8 +72,10 @@ class Anchors:
         self.magnet = magnet or Magnet(strength=0.0, proximal=0.0, every=0, rate=1.0)
         self._strength = self.magnet.strength
         self._magnets: dict[ModelId, Adapter] = {}
-        self._of_base = Remembered(lambda ids, positions, plan, _: base.hidden(ids, positions, plan, []), base.device)
-        self._of_magnets = Remembered(self._attracted, base.device)
+        self._of_base = Remembered(
+            "base", lambda ids, positions, plan, _: base.hidden(ids, positions, plan, []), base.device
+        )
+        self._of_magnets = Remembered("magnet", self._attracted, base.device)
         self._kept: dict[int, tuple[Anchor, ...]] = {}
         """Anchors of each pass over a part of the update's tokens, from the first time they were computed."""
 
@@ -149,9 +151,9 @@ class Anchors:
     # -- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Magnets by name, for a checkpoint, from which all goes on as it does here."""
-        self._forget()
-        return {f"{model_id}/magnet": magnet.flat.detach().cpu().clone() for model_id, magnet in self._magnets.items()}
+        """Magnets by name, and what is remembered, for a checkpoint."""
+        magnets = {f"{name}/magnet": magnet.flat.detach().cpu().clone() for name, magnet in self._magnets.items()}
+        return magnets | self._of_base.state() | self._of_magnets.state()
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -164,8 +166,5 @@ class Anchors:
                 )
             magnet.flat.copy_(state[f"{model_id}/magnet"])
             magnet.touch()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._of_base.forget()
-        self._of_magnets.forget()
+        self._of_base.restore(state)
+        self._of_magnets.restore(state)

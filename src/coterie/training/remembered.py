@@ -1,9 +1,9 @@
 """Last hidden states under weights that never change, kept from update to update.
 
 A small game asks the same prompts in every update. What the base, or a magnet that stays where it is, makes of them is
-the same every time: only what was never seen is computed, as a forest of its own. What is kept is forgotten when a
-checkpoint is written, so that a run that goes on from there computes the very same numbers: another batch of the same
-tokens may differ in the last bit.
+the same every time: only what was never seen is computed, as a forest of its own. What is kept stands in checkpoints,
+so that a run that goes on from one has the very same numbers: another batch of the same tokens may differ in the last
+bit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ MOST_BYTES = 2**26
 
 
 class Remembered:
-    """Of one set of weights; `compute` is a pass with them on `device`."""
+    """Of one set of weights, called `name`; `compute` is a pass with them on `device`."""
 
-    def __init__(self, compute: Compute, device: torch.device, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, name: str, compute: Compute, device: torch.device, most_bytes: int = MOST_BYTES) -> None:
+        self._name = name
         self._compute = compute
         self._device = device
         self._most_bytes = most_bytes
@@ -61,3 +62,26 @@ class Remembered:
         hidden = self._compute(ids, positions, forest.plan(), segments)
         for site, path in zip(sites, forest.paths, strict=True):
             self._rows[site] = hidden[int(path[-1])].clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Rows, and the tokens of their sites one after another, by policy, for a checkpoint."""
+        found: dict[str, Tensor] = {}
+        for policy in sorted({policy for policy, _ in self._rows}):
+            sites = [(tokens, row) for (owner, tokens), row in self._rows.items() if owner == policy]
+            parts = {
+                "rows": torch.stack([row for _, row in sites]).cpu(),
+                "tokens": torch.tensor([token for tokens, _ in sites for token in tokens], dtype=torch.int32),
+                "lengths": torch.tensor([len(tokens) for tokens, _ in sites], dtype=torch.int32),
+            }
+            found |= {f"{policy}/{self._name}_{part}": tensor for part, tensor in parts.items()}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a `state()`; where there is none, to having seen nothing."""
+        self.forget()
+        for name, rows in state.items():
+            policy, _, part = name.rpartition("/")
+            if part == f"{self._name}_rows":
+                tokens, lengths = (state[f"{policy}/{self._name}_{other}"] for other in ("tokens", "lengths"))
+                for row, path in zip(rows.to(self._device), torch.split(tokens, lengths.tolist()), strict=True):
+                    self._rows[policy, tuple(path.tolist())] = row.clone()
