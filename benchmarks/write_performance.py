@@ -241,7 +241,7 @@ class Page:
     def memory(self) -> str:
         title = "Memory of a policy"
         suite = self.results.get("memory")
-        found = {entry.data["dtype"]: entry for entry in suite.find(peer="ours") if entry.runs} if suite else {}
+        found = {entry.data["dtype"]: entry for entry in suite.find(peer="ours")} if suite else {}
         if suite is None or not found:
             return missing(title, "memory")
         state = max(suite.data["runners"][entry.data["runner"]]["state_bytes"] for entry in found.values()) / 2**20

@@ -453,18 +453,24 @@ def test_a_magnet_that_becomes_the_policy_is_the_policy_bit_by_bit(tiny_base: Ba
     assert all(s.magnet_kl == pytest.approx(0.0, abs=1e-6) for s in stats.policies.values())
 
 
-def test_anchors_are_computed_once_for_all_passes_and_never_when_off(
-    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _noisy(tiny_base)
+def _passes_without_gradient(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each from now on."""
     passes: list[int] = []
-    whole = tiny_base.hidden
+    whole = base.hidden
 
     def counted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         passes.append(len(ids))
         return whole(ids, *rest)
 
-    monkeypatch.setattr(tiny_base, "hidden", counted)
+    monkeypatch.setattr(base, "hidden", counted)
+    return passes
+
+
+def test_anchors_are_computed_once_for_all_passes_and_never_when_off(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _noisy(tiny_base)
+    passes = _passes_without_gradient(tiny_base, monkeypatch)
     episodes, advantages = _episodes()
     ids = [m.model_id for m in MODELS]
     batch = build_batch(ids, episodes, advantages, keep_zero=True)
@@ -489,14 +495,7 @@ def test_what_an_anchor_that_stays_makes_of_choices_is_computed_once(
     tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _noisy(tiny_base)
-    passes: list[int] = []
-    whole = tiny_base.hidden
-
-    def counted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        passes.append(len(ids))
-        return whole(ids, *rest)
-
-    monkeypatch.setattr(tiny_base, "hidden", counted)
+    passes = _passes_without_gradient(tiny_base, monkeypatch)
     episodes, advantages = _choices_only()
     ids = [m.model_id for m in MODELS]
     first = build_batch(ids, episodes[:3], advantages, keep_zero=True)

@@ -114,19 +114,18 @@ class Anchors:
         return self._kept[part]
 
     def _computed(self, packed: Packed) -> Iterator[Anchor]:
-        ids, sites = packed.ids, packed.choices
         if self.kl_coefficient > 0:
-            if sites is not None:
-                hidden = self._of_base.of(sites, len(ids))
-            else:
-                hidden = self.base.hidden(ids, packed.positions, packed.plan, [])
-            yield Anchor("kl", self.kl_coefficient, hidden)
+            yield Anchor("kl", self.kl_coefficient, self._hidden(self._of_base, packed, stays=True))
         if self.magnet.strength > 0:
-            if sites is not None and self.magnet.every == 0:
-                hidden = self._of_magnets.of(sites, len(ids))
-            else:
-                hidden = self._attracted(ids, packed.positions, packed.plan, packed.segments)
-            yield Anchor("magnet_kl", self._strength, hidden)
+            stays = self.magnet.every == 0
+            yield Anchor("magnet_kl", self._strength, self._hidden(self._of_magnets, packed, stays=stays))
+
+    @staticmethod
+    def _hidden(remembered: Remembered, packed: Packed, *, stays: bool) -> Tensor:
+        """Of weights that stay, what is known of choices is not computed again."""
+        if stays and packed.choices is not None:
+            return remembered.of(packed.choices, len(packed.ids))
+        return remembered.compute(packed.ids, packed.positions, packed.plan, packed.segments)
 
     def _attracted(self, ids: Tensor, positions: Tensor, plan: Plan, segments: Segments) -> Tensor:
         """Last hidden states under the magnets."""

@@ -33,7 +33,7 @@ class Remembered:
 
     def __init__(self, name: str, compute: Compute, device: torch.device, most_bytes: int = MOST_BYTES) -> None:
         self._name = name
-        self._compute = compute
+        self.compute = compute
         self._device = device
         self._most_bytes = most_bytes
         self._rows: dict[Site, Tensor] = {}
@@ -59,7 +59,7 @@ class Remembered:
         forest = pack([(number[policy], tokens) for policy, tokens in sites])
         ids, positions = (torch.from_numpy(part).to(self._device) for part in (forest.token_ids, forest.positions))
         segments = [(policies[p], start, end) for p, start, end in forest.segments]
-        hidden = self._compute(ids, positions, forest.plan(), segments)
+        hidden = self.compute(ids, positions, forest.plan(), segments)
         for site, path in zip(sites, forest.paths, strict=True):
             self._rows[site] = hidden[int(path[-1])].clone()
 
