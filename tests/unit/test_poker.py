@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -287,3 +288,18 @@ def test_bad_options_say_what_is_wrong() -> None:
 def test_there_is_no_other_equilibrium(bluff: float) -> None:
     with pytest.raises(ValueError, match=r"0\.\.1/3"):
         kuhn_equilibrium(bluff)
+
+
+@pytest.mark.parametrize("rules", BOTH)
+def test_a_turn_makes_no_task_and_renders_no_prompt_twice(rules: type[Poker]) -> None:
+    scenario = rules(PokerOptions())
+    shown = set[int]()
+
+    def first(seat: SeatId, seen: Observation, choices: Sequence[str] | None, rng: random.Random) -> str:
+        shown.add(id(seen))
+        assert len(asyncio.all_tasks()) == 1
+        return (choices or ())[0]
+
+    for _ in range(3):
+        play(scenario, answer=first)
+    assert len(shown) == 2 * len(scenario.rules.bets)  # both check in every round, in every play the same

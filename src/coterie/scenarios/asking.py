@@ -40,8 +40,12 @@ async def choose(table: Table, questions: Sequence[Question], kind: str) -> list
     Raises:
         ScenarioError: an answer is none of the choices.
     """
-    turns = await asyncio.gather(*(table[q.seat].act(q.shown, choices=q.choices, kind=kind) for q in questions))
-    return [chosen(turn) for turn in turns]
+    return list(await asyncio.gather(*(ask(table, question, kind) for question in questions)))
+
+
+async def ask(table: Table, question: Question, kind: str) -> int:
+    """One question put to its seat: the index of its answer. Raises as `choose` does, and makes no task of it."""
+    return chosen(await table[question.seat].act(question.shown, choices=question.choices, kind=kind))
 
 
 async def distributions(table: Table, questions: Mapping[Key, Question]) -> dict[Key, tuple[float, ...]]:

@@ -26,7 +26,7 @@ from typing import Final
 from pydantic import Field, field_validator
 
 from coterie.errors import ScenarioError
-from coterie.scenarios.asking import Question, choose, distributions
+from coterie.scenarios.asking import Question, ask, distributions
 from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.welfare import equality
 from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingTask
@@ -195,8 +195,7 @@ class Bargaining:
         for made in range(self.options.offers + 1):
             seat = made % 2
             asked = self.question(seat, pair[seat], offer, made == self.options.offers, table.language)
-            (choice,) = await choose(table, [asked], "offer")
-            answer = self.answer(choice, made)
+            answer = self.answer(await ask(table, asked, "offer"), made)
             if answer is True and offer is not None:
                 payoffs = self.payoffs(pair, 1 - seat, _rest(offer), made)
             if isinstance(answer, bool):

@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 from pydantic import Field
 
 from coterie.errors import ScenarioError
-from coterie.scenarios.asking import Question, choose, distributions
+from coterie.scenarios.asking import Question, ask, distributions
 from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.welfare import alike
 from coterie.types import Observation, Outcome, Seat, SeatId, Split, TaskType, TrainingTask
@@ -141,10 +141,8 @@ class GuessNumber:
     async def _search(self, number: int, seats: Sequence[SeatId], table: Table) -> Search:
         interval, outside = (1, self.options.numbers), 0
         for made in range(self.options.guesses):
-            (choice,) = await choose(
-                table, [self.question(seats[made % len(seats)], interval, table.language)], "guess"
-            )
-            guess = choice + 1
+            asked = self.question(seats[made % len(seats)], interval, table.language)
+            guess = await ask(table, asked, "guess") + 1
             if guess == number:
                 return Search(1.0, made + 1, self.score(made + 1), outside)
             outside += not interval[0] <= guess <= interval[1]

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Final, cast
 from pydantic import Field
 
 from coterie.errors import ScenarioError
-from coterie.scenarios.asking import Question, choose, distributions
+from coterie.scenarios.asking import Question, ask, distributions
 from coterie.scenarios.base import ScenarioOptions, Script, Table, at_random
 from coterie.scenarios.poker_rules import (
     CALL,
@@ -99,6 +99,8 @@ class Poker:
     def __init__(self, options: PokerOptions) -> None:
         self.options = options
         self.scripts: Mapping[str, Script] = {"random": at_random, "caller": self._caller}
+        self._questions: dict[tuple[int, View, str], Question] = {}
+        """Thousands of episodes ask the same ones."""
 
     @cached_property
     def tree(self) -> GameTree:
@@ -144,8 +146,7 @@ class Poker:
                 hand = self.rules.dealt(hand, deal)
                 continue
             asked = self.question(mover, self.rules.information(hand), table.language)
-            (choice,) = await choose(table, [asked], "move")
-            hand = self.rules.after(hand, self.rules.actions(hand)[choice])
+            hand = self.rules.after(hand, self.rules.actions(hand)[await ask(table, asked, "move")])
         antes = self.rules.returns(hand)
         return Outcome(
             scores={seat: self.score(won) for seat, won in zip(SEATS, antes, strict=True)},
@@ -186,7 +187,12 @@ class Poker:
 
     def question(self, player: int, view: View, language: str) -> Question:
         """What a player is asked when it is to move at `view`."""
-        return Question(SEATS[player], self.shown(player, view, language), self.choices(view, language))
+        key = player, view, language
+        found = self._questions.get(key)
+        if found is None:
+            shown, choices = self.shown(player, view, language), self.choices(view, language)
+            found = self._questions[key] = Question(SEATS[player], shown, choices)
+        return found
 
     def shown(self, player: int, view: View, language: str) -> Observation:
         """What a player sees when it is to move at `view`; the two seats differ only in who did what."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
 from typing import Final, cast
@@ -106,10 +106,10 @@ class PokerRules:
     def after(self, state: Hand, action: Action) -> Hand:
         """See `SequentialGame.after`."""
         if not state.cards:
-            return replace(state, cards=cast(tuple[int, int], action))
+            return Hand(cast(tuple[int, int], action), state.public, state.rounds)
         if self.mover(state) == CHANCE:
-            return replace(state, public=cast(int, action), rounds=(*state.rounds, ""))
-        return replace(state, rounds=(*state.rounds[:-1], state.rounds[-1] + cast(str, action)))
+            return Hand(state.cards, cast(int, action), (*state.rounds, ""))
+        return Hand(state.cards, state.public, (*state.rounds[:-1], state.rounds[-1] + cast(str, action)))
 
     def information(self, state: Hand) -> View:
         """See `SequentialGame.information`."""
