@@ -491,7 +491,7 @@ def _choices_only() -> tuple[list[Episode], Advantages]:
     return kept, advantages
 
 
-def test_what_an_anchor_that_stays_makes_of_choices_is_computed_once(
+def test_what_an_anchor_makes_of_choices_is_computed_once_until_it_moves(
     tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _noisy(tiny_base)
@@ -524,11 +524,12 @@ def test_what_an_anchor_that_stays_makes_of_choices_is_computed_once(
     assert passes[4:] == [more], "more than may be kept"
 
     passes.clear()
-    moves = Magnet(strength=0.1, proximal=0.0, every=1, rate=0.5)
+    moves = Magnet(strength=0.1, proximal=0.0, every=2, rate=0.5)
     learner = Learner(tiny_base, MODELS, LearnerConfig(), 9, moves)
-    learner.step(first, 1)
-    learner.step(first, 2)
-    assert passes == [packed] * 2
+    for update in (1, 2, 3, 4):
+        learner.step(first, update)
+    assert passes == [packed] * 2, "before the first move, and after it"
+    assert not learner.anchors._of_magnets._rows, "which stand in no checkpoint once they have moved again"
 
 
 def test_what_is_remembered_pulls_as_what_is_computed_anew(make_base: MakeBase) -> None:

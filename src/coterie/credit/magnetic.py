@@ -25,12 +25,14 @@ siblings at their seat.
 
 When it fails: momentum carries a policy past the point where it should turn, and no magnet mends that; set
 `learner.betas = [0.0, 0.999]`, a learning rate that falls (`learner.final_learning_rate`), or several passes with
-`proximal`, which acts from the second pass of an update on (`learner.passes`). A policy that saturates early, before
-the other one plays well, hardly comes back: begin with a strong magnet that stays where it is (`every = 0`) and let
-its weight fall (`final_magnet`); the policies then stay inside while the equilibrium of the pulled game moves towards
-that of the game itself. A magnet that becomes the policy at once (`rate = 1`) remembers the noise of one update; going
-a part of the way averages over many. With a strong magnet policies stay near where they began, with none they cycle;
-in games of common interest the pull only slows learning.
+`proximal`, which acts from the second pass of an update on (`learner.passes`). Steps too long for the magnet circle for
+ever: where each side's gradient is L times the other's distance from equilibrium, steps of length h contract only for
+h < 2 magnet / (magnet^2 + L^2). So whoever lets the magnet's weight fall (`final_magnet`) has to let the learning rate
+fall as far or further; magnets that move (`every` above 0) keep their weight, and come nearer at the same rate. A
+policy that saturates early, before the other one plays well, hardly comes back: a magnet that stays where it is
+(`every = 0`) holds it inside. A magnet that becomes the policy at once (`rate = 1`) remembers the noise of one update;
+going a part of the way averages over many. With a strong magnet policies stay near where they began, with none they
+cycle; in games of common interest the pull only slows learning.
 
 `signal = "reward"` takes the game the mode makes of the scenario: competitive pays by rank, and poker played for rank
 has other equilibria than poker played for chips; `signal = "score"` takes the scenario's own payoffs.

@@ -7,7 +7,7 @@
 An anchor is known by its last hidden states: from them come log-probabilities under exactly the mask, bias and
 temperature a turn was sampled with, so a divergence is exact and 0 where the two policies agree. Base and magnets cost
 one forward pass without gradient each, all policies together, whatever the number of passes over an update's
-episodes; where all that is learned from are choices, only of what no earlier update asked an anchor that stays
+episodes; where all that is learned from are choices, only of what no update since the anchor's last move asked
 (`coterie.training.remembered`). The policy before the update is what the first pass computed anyway. Switched off,
 they cost nothing.
 
@@ -115,15 +115,14 @@ class Anchors:
 
     def _computed(self, packed: Packed) -> Iterator[Anchor]:
         if self.kl_coefficient > 0:
-            yield Anchor("kl", self.kl_coefficient, self._hidden(self._of_base, packed, stays=True))
+            yield Anchor("kl", self.kl_coefficient, self._hidden(self._of_base, packed))
         if self.magnet.strength > 0:
-            stays = self.magnet.every == 0
-            yield Anchor("magnet_kl", self._strength, self._hidden(self._of_magnets, packed, stays=stays))
+            yield Anchor("magnet_kl", self._strength, self._hidden(self._of_magnets, packed))
 
     @staticmethod
-    def _hidden(remembered: Remembered, packed: Packed, *, stays: bool) -> Tensor:
-        """Of weights that stay, what is known of choices is not computed again."""
-        if stays and packed.choices is not None:
+    def _hidden(remembered: Remembered, packed: Packed) -> Tensor:
+        """What is known of choices is not computed again."""
+        if packed.choices is not None:
             return remembered.of(packed.choices, len(packed.ids))
         return remembered.compute(packed.ids, packed.positions, packed.plan, packed.segments)
 
@@ -143,6 +142,7 @@ class Anchors:
         """After `update` (from 1): let the magnets follow where it is their turn."""
         if self.magnet.every == 0 or update % self.magnet.every:
             return
+        self._of_magnets.forget()
         for model_id, magnet in self._magnets.items():
             magnet.flat.lerp_(self.base.bank.training(model_id).flat, self.magnet.rate)
             magnet.touch()

@@ -1,7 +1,7 @@
-"""Last hidden states under weights that never change, kept from update to update.
+"""Last hidden states under weights that seldom change, kept from update to update.
 
-A small game asks the same prompts in every update. What the base, or a magnet that stays where it is, makes of them is
-the same every time: only what was never seen is computed, as a forest of its own. What is kept stands in checkpoints,
+A small game asks the same prompts in every update. What the base makes of them, or a magnet until it moves, is the same
+every time: only what was not seen yet is computed, as a forest of its own. What is kept stands in checkpoints,
 so that a run that goes on from one has the very same numbers: another batch of the same tokens may differ in the last
 bit.
 """
