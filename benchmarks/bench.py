@@ -9,8 +9,9 @@ Peers live in environments of their own, made at first (`bench_envs.py`); every 
 up, and does one repetition when asked (`bench_peers.py`, `peers/`). Within a suite repetitions take turns: a round
 asks every entry once, in an order drawn anew, and before and after each round the rate of matrix products is measured,
 so that a slower minute of the machine falls on everybody and on the limit alike. Results are kept after every round;
-at the end `write_performance.py` turns them into docs/performance.md (with --quick or --results: into a page beside
-them).
+at the end `write_performance.py` turns them into docs/performance.md (with `--results
+benchmarks/results/bench-NAME.json`, for another kind of processor: into docs/performance-NAME.md; with --quick or any
+other --results: into a page beside them).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from bench_peers import Peer, PeerError
 from bench_suites import FULL, NAMES, QUICK, Runner, Suite, material_spec, suites
 from claims import machine
 from keeping import ended_by_sigterm, write_json
-from write_performance import PAGE, RESULTS
+from write_performance import RESULTS
 
 QUICK_RESULTS = FOLDER.parent / "bench-quick.json"
 
@@ -225,8 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"kept in {options.results}")
     for problem in problems:
         print(f"not measured: {problem}", file=sys.stderr)
-    page = PAGE if options.results == RESULTS else options.results.with_suffix(".md")
-    written = write_performance.main(["--results", str(options.results), "--output", str(page)])
+    written = write_performance.main(["--results", str(options.results)])
     return 1 if problems else written
 
 

@@ -236,10 +236,29 @@ def test_the_command_writes_checks_and_refuses(tmp_path: Path, capsys: pytest.Ca
     output.write_text(output.read_text().replace("20.0 times", "90.0 times"))
     assert page.main([*options, "--check"]) == 1
     results.write_text(json.dumps({"update-small": {**update(2.0, 40.0), "quick": True}}))
-    assert page.main(["--results", str(results)]) == 1
+    assert page.main(["--results", str(results), "--output", str(page.PAGE)]) == 1
     assert "such numbers mean nothing" in capsys.readouterr().err
     results.write_text("{")
     assert page.main(options) == 1
+
+
+def test_another_processor_has_a_page_of_what_was_measured_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "bench.json")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "performance.md")
+    for name in ("bench.json", "bench-old.json"):
+        (tmp_path / name).write_text(json.dumps({"update-small": update(2.0, 40.0)}))
+    assert page.main([]) == 0
+    here, there = ((tmp_path / name).read_text() for name in ("performance.md", "performance-old.md"))
+    assert "[performance-old.md](performance-old.md)" in here
+    assert "[performance.md](performance.md)" in there
+    assert "## Generation" in here
+    assert "## Generation" not in there
+    assert "20.0 times" in there
+    assert page.main(["--check"]) == 0
+    (tmp_path / "performance-old.md").write_text(there.replace("20.0 times", "90.0 times"))
+    assert page.main(["--check"]) == 1
 
 
 def test_the_page_in_the_repository_is_what_the_results_say() -> None:
