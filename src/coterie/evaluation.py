@@ -1,4 +1,4 @@
-"""Measuring policies on tasks no training step saw, and exactly where a scenario can.
+"""Measuring policies on held-out tasks, and exactly where a scenario can.
 
 The same held-out tasks are played (greedily, unless a temperature is set) by the bare base model, by the base with
 calibrated choices, and by the trained policies under the same calibration; so the table separates what calibration
@@ -20,7 +20,7 @@ from coterie.monitor.tables import ResultTable
 from coterie.rollout.calibration import Calibration
 from coterie.rollout.matchmaking import frozen_as
 from coterie.rollout.runner import Plan, Runner, with_services
-from coterie.scenarios.base import ExactlyMeasured, draw_tasks
+from coterie.scenarios.base import ExactlyMeasured, draw_tasks, shares_tasks
 from coterie.types import Episode, FailedEpisode, ModelId, Split, TrainingTask
 
 PLAYERS = ("bare base", "calibrated base", "trained")
@@ -52,6 +52,8 @@ class Evaluation:
     measured: Mapping[str, Measured]
     simulated: float = 0.0
     """Share of turns that nothing generated; above 0 the figures say nothing of any model."""
+    novel: bool = True
+    """Whether training had none of these tasks."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, for results/ and the documentation's tables."""
@@ -86,9 +88,10 @@ class Evaluation:
             rows.append(("exact", name, *values, values[-1] - values[0]))
         warned = f"SIMULATED RESPONSES ({self.simulated:.0%} of turns), of no model: " if self.simulated else ""
         failed = max(m.failed for m in self.measured.values())
+        what, which = ("Held-out accuracy", "no training step saw") if self.novel else ("Accuracy", "training has too")
+        left_out = f" (up to {failed} failed and are left out)" if failed else ""
         return ResultTable(
-            f"{warned}Held-out accuracy on {self.tasks} tasks no training step saw"
-            + (f" (up to {failed} failed and are left out)" if failed else ""),
+            f"{warned}{what} on {self.tasks} tasks {which}{left_out}",
             ("task type", "model", *players, "gain"),
             tuple(rows),
         )
@@ -133,7 +136,8 @@ class Evaluator:
 
             measured[player], share = await self.one(player, tasks, step)
             simulated.append(share)
-        return Evaluation(len(tasks), measured, sum(simulated) / len(simulated))
+        novel = split is Split.HELDOUT and not shares_tasks(self.runner.scenario)
+        return Evaluation(len(tasks), measured, sum(simulated) / len(simulated), novel)
 
     async def one(
         self, player: str, tasks: Sequence[TrainingTask], step: Callable[[int], None]

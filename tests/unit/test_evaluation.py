@@ -39,6 +39,7 @@ class Quiz:
 
     Options = ScenarioOptions
     judged = True
+    single_task = False
     broken: str | None = None
 
     def tasks(self, split: Split, seed: int) -> Iterator[TrainingTask]:
@@ -225,6 +226,15 @@ def test_as_dict_is_plain_json() -> None:
     assert data == found.as_dict()
     assert data["players"]["trained"]["by_task_type"]["reasoning"] == {"a": 1.0, "b": 1.0}
     assert data["players"]["trained"]["exact"].keys() == {"yes"}
+
+
+def test_tasks_that_training_has_too_are_not_called_held_out() -> None:
+    assert measured(Quiz()).table().title == "Held-out accuracy on 8 tasks no training step saw"
+    scenario = Quiz()
+    scenario.single_task = True
+    assert measured(scenario).table().title == "Accuracy on 8 tasks training has too"
+    trained_on = asyncio.run(evaluator(Quiz()).all(8, Split.TRAIN, lambda *told: None))
+    assert trained_on.table().title == "Accuracy on 8 tasks training has too"
 
 
 def test_figures_of_made_up_answers_are_labelled() -> None:

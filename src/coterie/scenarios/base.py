@@ -118,6 +118,18 @@ class ExactlyMeasured(Protocol):
 
 
 @runtime_checkable
+class SingleTask(Protocol):
+    """A scenario may say that its training and held-out tasks share their content (a matrix game has only one)."""
+
+    single_task: bool
+
+
+def shares_tasks(scenario: Scenario) -> bool:
+    """Whether what is played held out was trained on too, and says nothing of new tasks."""
+    return isinstance(scenario, SingleTask) and scenario.single_task
+
+
+@runtime_checkable
 class ChecksTasks(Protocol):
     """A scenario that can say of a user's task, before it is played, whether it can be."""
 

@@ -16,10 +16,9 @@ import json
 import random
 from collections.abc import Sequence
 from itertools import islice
-from typing import Protocol, runtime_checkable
 
 from coterie.errors import ConfigError, cause
-from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, Scenario, ScenarioOptions
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, HasScripts, Scenario, ScenarioOptions, shares_tasks
 from coterie.scenarios.check_claims import check_exact, check_symmetry
 from coterie.scenarios.check_plays import Hooks, StuckError, check_plays, name_of
 from coterie.scenarios.findings import Findings
@@ -29,13 +28,6 @@ Drawn = tuple[int, TrainingTask]
 """The seed a task was drawn by, and the task."""
 _EXACT_TASKS = 3
 """Tasks at which exact figures are asked for twice, in both languages."""
-
-
-@runtime_checkable
-class SingleTask(Protocol):
-    """A scenario may say that its training and held-out tasks share their content (a matrix game has only one)."""
-
-    single_task: bool
 
 
 def check(scenario: Scenario, *, seeds: Sequence[int] = (0, 1), tasks: int = 20, timeout_s: float = 10.0) -> list[str]:
@@ -114,7 +106,7 @@ def examine(
 
 
 def _note(scenario: Scenario, found: Findings) -> None:
-    if isinstance(scenario, SingleTask) and scenario.single_task:
+    if shares_tasks(scenario):
         found.note("training and held-out tasks share their content (single_task); a result says nothing of new ones")
     if not isinstance(scenario, ExactlyMeasured):
         found.note("it has no exact(table): results are means over episodes, and evaluation.until cannot be used")
@@ -140,7 +132,7 @@ def _draw(scenario: Scenario, seeds: Sequence[int], count: int, found: Findings)
             for task in drawn:
                 sides[split].setdefault(_content(task), (seed, task))
     shared = sides[Split.TRAIN].keys() & sides[Split.HELDOUT].keys()
-    if shared and not (isinstance(scenario, SingleTask) and scenario.single_task):
+    if shared and not shares_tasks(scenario):
         task = sides[Split.HELDOUT][min(shared)][1]
         found.add(
             "a held-out task has the content of a training task; if there is only one, say single_task = True",
