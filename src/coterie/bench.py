@@ -44,7 +44,7 @@ PHASES = (ROLLOUT, LEARNING)
 KINDS = ("matrix products", "adapters", "attention", "sampling and loss", "copies", "element-wise", "Python")
 """What time goes to. Python is whatever passes outside torch's operations and our own."""
 
-_MATRIX = re.compile(r"aten::(mm|addmm|linear|addmv|mv|dot|mkldnn_linear.*|_.*mm.*)|mkldnn.*|mkl::.*")
+_MATRIX = re.compile(r"aten::(mm|addmm|linear|addmv|mv|dot|mkldnn_linear.*|_.*mm.*)|mkldnn.*|mkl::.*|coterie::product")
 _BATCHED = re.compile(r"aten::(bmm|baddbmm|matmul|einsum)")
 _ADAPTERS = re.compile(r"coterie::add_low_rank")
 _ATTENTION = re.compile(
@@ -57,7 +57,7 @@ _SAMPLING = re.compile(
 )
 _COPIES = re.compile(
     r"aten::(copy_|clone|contiguous|_to_copy|to|cat|stack|index.*|gather.*|scatter.*|embedding.*|fill_|zero_|zeros.*"
-    r"|new_zeros|masked_fill.*|repeat.*|constant_pad_nd|slice_backward|select_backward|as_strided.*)"
+    r"|new_zeros|masked_fill.*|repeat.*|constant_pad_nd|slice_backward|select_backward|as_strided.*)|coterie::pack_panels"
 )
 _BORDER = "coterie: learning begins"
 

@@ -152,6 +152,8 @@ def test_figures_are_medians_and_limits_use_the_rates_around_an_update() -> None
         ("aten::bmm", [[6, 4, 16], [6, 16, 9]], "attention"),
         ("aten::bmm", [[6, 4, 9], [6, 9, 16]], "attention"),
         ("aten::bmm", [[2, 4, 64], [2, 64, 8]], "adapters"),
+        ("coterie::product", [], "matrix products"),
+        ("coterie::pack_panels", [], "copies"),
         ("coterie::add_low_rank", [], "adapters"),
         ("coterie::attend", [], "attention"),
         ("coterie::summarise", [], "sampling and loss"),
@@ -198,6 +200,8 @@ def test_our_own_kernels_are_seen_while_it_is_profiled(tiny_base: BaseModel) -> 
     _, events = asyncio.run(profiled(work(), tiny_base))
     seen = {event.name for event in events if event.name.startswith("coterie::")}
     parts = {"rms_norm", "rotate", "masked_softmax", "swiglu"} if tiny_base.kernels is not None else set()
+    if tiny_base.kernels is not None and tiny_base.kernels.panel:
+        parts |= {"product", "pack_panels"}
     assert seen == {f"coterie::{part}" for part in parts}
     with profile() as later:
         asyncio.run(work())

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.config import LearnerConfig
 from coterie.inference.local.engine import LocalEngine
 from coterie.lm.base import BaseModel
+from coterie.lm.native.kernels import Kernels, Panels
 from coterie.models import ModelConfig
 from coterie.training.batch import Batch, HeadKey, Term
 from coterie.training.learner import Learner
@@ -46,7 +49,14 @@ class _Products(TorchDispatchMode):
 
 @contextmanager
 def _counting() -> Iterator[_Products]:
-    with _Products() as products:
+    plain = Kernels.product
+
+    def counted(kernels: Kernels, parts: Sequence[Tensor], panels: Panels) -> Tensor:
+        products.calls += 1
+        products.flops += 2 * sum(part.numel() for part in parts) * panels.out
+        return plain(kernels, parts, panels)
+
+    with _Products() as products, patch.object(Kernels, "product", counted):
         yield products
 
 

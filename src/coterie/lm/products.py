@@ -5,25 +5,28 @@
 Matrix libraries are made for many rows, and for matrices that change. Measured on two cores, for the matrices of a 135M
 model:
 
-- a matrix brought once into the order the kernel reads it in (oneDNN's) runs, in float32, at 1.3 to 3 times the rate
-  from 4 rows on, and as fast as any other at a hundred; in bfloat16, where other ways bring it into that order anew
-  each time, at 1.1 to 2.5 times the rate for any number of rows. That is a second copy of the weights, and for the way
-  back a third, so they are made, at the first such product, of models up to `MOST_PACKED` bytes only, and for larger
-  ones of the output matrix if that is small;
+- a matrix brought once into the order a kernel reads it in runs at 1.3 to 3 times the rate from 4 rows on. In float32,
+  on processors with fused multiplication, the kernel is our own (`native/products.h`): 1.2 to 1.4 times the rate of
+  oneDNN's up to 64 rows and 1.1 times for hundreds, and a row's result does not depend on the rows beside it. Otherwise
+  it is oneDNN's; in bfloat16, where other ways bring the matrix into that order anew each time, for any number of rows.
+  That is a second copy of the weights, and for the way back a third, so they are made, at the first such product, of
+  models up to `MOST_PACKED` bytes only, and for larger ones of the output matrix if that is small;
 - in float32 without such a copy and with several threads, the transposed product W x^T is shared out among them better:
   1.2 to 1.5 times the rate at 16 to 64 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coterie.lm.native.kernels import Kernels, kernels_for
+
 LEAST_ROWS = 4
-"""In float32, from these on a packed matrix is quicker, or as quick."""
+"""In float32, from these on a matrix packed for oneDNN is quicker, or as quick."""
 LEAST_TRANSPOSED, MOST_TRANSPOSED = 12, 96
 """Between these the transposed product is quicker than the plain one."""
 MOST_PACKED = 2**30
@@ -44,13 +47,13 @@ def packable(weights: Sequence[Tensor], most: int) -> bool:
 
 
 class PackedMatrix:
-    """One or several frozen matrices with the same input, side by side in the order oneDNN reads them in."""
+    """One or several frozen matrices with the same input, side by side in the order a kernel reads them in."""
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         """`weights`: (out_i, in) each; they and `biases` are read at the first product."""
         self._parts = tuple(weights), tuple(biases)
-        self._ready: tuple[Tensor, Tensor | None] | None = None
-        self._any_rows = weights[0].dtype == torch.bfloat16
+        self._ready: Product | None = None
+        self._any_rows = weights[0].dtype == torch.bfloat16 or _own(weights[0]) is not None
 
     def suits(self, rows: int) -> bool:
         """Whether a product of so many rows is quicker with it than without."""
@@ -60,15 +63,12 @@ class PackedMatrix:
         """(rows, in) -> (rows, sum of out_i), without gradients."""
         if self._ready is None:
             weights, biases = self._parts
-            joined = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
             bias = None
             if any(b is not None for b in biases):
                 every = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
                 bias = torch.cat([b.detach() for b in every])
-            self._ready = _packed(joined), bias
-        weight, bias = self._ready
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
+            self._ready = _packed(_joined(weights), bias)
+        return self._ready([x])
 
 
 class BackMatrix:
@@ -78,7 +78,7 @@ class BackMatrix:
         """`weights`: (out_i, in) each. `pack`: a copy of them may be made, at the first product."""
         self._weights = tuple(weights)
         self._pack = pack
-        self._ready: Tensor | None = None
+        self._ready: Product | None = None
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """(rows, out_i) each -> (rows, in), without gradients."""
@@ -88,16 +88,41 @@ class BackMatrix:
                 found.addmm_(grad, weight)
             return found
         if self._ready is None:
-            self._ready = _packed(torch.cat([weight.detach() for weight in self._weights]).t().contiguous())
-        joined = grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads), dim=1)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(joined, self._ready, None, "none", [], "")
+            self._ready = _packed(_joined(self._weights).t(), None)
+        return self._ready(grads)
+
+
+Product = Callable[[Sequence[Tensor]], Tensor]
+"""x, in parts (rows, in_i) that lie side by side -> x W^T + b, (rows, out)."""
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> Product:
+    """Products with a copy of `weight` (out, in) and `bias` (out,)."""
+    kernels = _own(weight)
+    if kernels is not None:
+        panels = kernels.panels(weight, bias)
+        return lambda parts: kernels.product(
+            [part if part.stride(1) == 1 else part.contiguous() for part in parts], panels
+        )
+    # the number of rows it is asked for decides nothing about the order, as measured
+    ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 64)
+
+    def product(parts: Sequence[Tensor]) -> Tensor:
+        x = parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
         return out
 
+    return product
 
-def _packed(weight: Tensor) -> Tensor:
-    # the number of rows it is asked for decides nothing about the order, as measured
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-    return packed
+
+def _own(weight: Tensor) -> Kernels | None:
+    """Our kernels, where they multiply such matrices quicker than oneDNN."""
+    kernels = kernels_for(weight.dtype, weight.device)
+    return kernels if kernels is not None and kernels.panel else None
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "layers.h"
 #include "low_rank.h"
+#include "products.h"
 #include "sampling.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -69,3 +70,22 @@
 
 KERNELS(float, f32)
 KERNELS(bf16, bf16)
+
+// -- float32 alone ------------------------------------------------------------------------------------------------------
+
+// Outputs of a panel; 0: this was not compiled for a processor on which our products are known to be quicker.
+EXPORT int64_t panel_f32() {
+#ifdef __FMA__
+    return PANEL;
+#else
+    return 0;
+#endif
+}
+EXPORT void pack_panels_f32(const float* w, int64_t out_step, int64_t size_step, int64_t out, int64_t size, float* to,
+                            int threads) {
+    pack_panels(w, out_step, size_step, out, size, to, threads);
+}
+EXPORT void product_f32(const float* const* x, const int64_t* x_row, const int64_t* sizes, int64_t parts,
+                        const float* panels, const float* bias, int64_t rows, int64_t out, float* y, int threads) {
+    product({x, x_row, sizes, parts}, panels, bias, rows, out, y, threads);
+}

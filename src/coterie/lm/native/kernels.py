@@ -37,6 +37,10 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "softmax_scores_backward": (_P, _P, _P, _P, _F, _N, _N, _N, _I),
     "pick": (_P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N),
 }
+_FLOAT32: dict[str, tuple[Any, ...]] = {
+    "pack_panels": (_P, _N, _N, _N, _N, _P, _I),
+    "product": (_P, _P, _P, _N, _P, _P, _N, _N, _P, _I),
+}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _CHUNK = 256
 """As in kernels.cpp."""
@@ -84,6 +88,15 @@ class Ranges:
 
 
 @dataclass(frozen=True, slots=True)
+class Panels:
+    """A frozen matrix (out, size), and what is added to its products, in the order `Kernels.product` reads them in."""
+
+    data: Tensor
+    out: int
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What normalises rows of logits, (n,) each."""
 
@@ -110,7 +123,13 @@ class Kernels:
 
     def __init__(self, library: CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        for name, types in _ARGUMENTS.items():
+        self.panel = 0
+        """Outputs that `Panels` lays side by side; 0: matrix libraries are better here, or as good."""
+        self._names = {**_ARGUMENTS, **(_FLOAT32 if dtype == torch.float32 else {})}
+        if dtype == torch.float32:
+            library.panel_f32.restype = c_int64
+            self.panel = library.panel_f32()
+        for name, types in self._names.items():
             function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
             function.argtypes, function.restype = types, None
             setattr(self, f"_{name}", function)
@@ -118,7 +137,7 @@ class Kernels:
     @contextmanager
     def told(self) -> Iterator[None]:
         """Meanwhile every call is an event of torch's profiler, coterie::attend and so on."""
-        plain = {name: getattr(self, f"_{name}") for name in _ARGUMENTS}
+        plain = {name: getattr(self, f"_{name}") for name in self._names}
 
         def event(name: str, function: Any) -> Any:
             def call(*given: Any) -> None:
@@ -147,6 +166,8 @@ class Kernels:
     _masked_softmax: Any
     _softmax_scores_backward: Any
     _pick: Any
+    _pack_panels: Any
+    _product: Any
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> Tensor:
         """x / sqrt(mean x^2 + eps) * weight of rows (n, size); `inverse` (n,) float32 receives the first factor."""
@@ -316,6 +337,31 @@ class Kernels:
         keys, dim = weights.shape[-1], out.shape[-1]
         self._softmax_scores_backward(spread.data_ptr(), weights.data_ptr(), grad.data_ptr(), out.data_ptr(), scale,
                                       weights.numel() // keys, keys, dim, torch.get_num_threads())  # fmt: skip
+
+    def panels(self, weight: Tensor, bias: Tensor | None = None) -> Panels:
+        """Lay out a matrix (out, size) of any strides, and a bias (out,), where `panel` is not 0."""
+        out, size = weight.shape
+        wide = -(-out // self.panel) * self.panel
+        data = weight.new_empty(wide * size)
+        self._pack_panels(weight.data_ptr(), weight.stride(0), weight.stride(1), out, size, data.data_ptr(),
+                          torch.get_num_threads())  # fmt: skip
+        if bias is not None:
+            bias = torch.cat([bias.detach(), bias.new_zeros(wide - out)])
+        return Panels(data, out, bias)
+
+    def product(self, parts: Sequence[Tensor], panels: Panels) -> Tensor:
+        """x W^T + b of the matrix in `panels`; x (n, size) is `parts` (n, size_i) side by side, each of whose rows lies
+        in one piece. What a row gives depends on that row alone, bit by bit."""
+        count, rows = len(parts), len(parts[0])
+        out = parts[0].new_empty(rows, panels.out)
+        numbers = c_int64 * count
+        self._product(
+            (c_void_p * count)(*(part.data_ptr() for part in parts)), numbers(*(part.stride(0) for part in parts)),
+            numbers(*(part.shape[1] for part in parts)), count, panels.data.data_ptr(),
+            None if panels.bias is None else panels.bias.data_ptr(), rows, panels.out, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
 
 @lru_cache(maxsize=8)
