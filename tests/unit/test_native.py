@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.lm.adapter import Adapter, AdapterPool
-from coterie.lm.functions import rms_norm, rotate, swiglu
+from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.native import build
 from coterie.lm.native.kernels import Kernels, Ranges, kernels_for
 from coterie.training.loss import chosen, entropy
@@ -70,9 +70,34 @@ def test_norms(kernels: Kernels, threads: int, shape: tuple[int, int]) -> None:
     _same(own.grad, plain.grad)
     more = _random(*shape, dtype=kernels.dtype, seed=3)
     total = x.clone()
-    summed = kernels.add_rms_norm(total, more, weight, 1e-5)
+    summed = kernels.add_rms_norm(total, more, weight, 1e-5, total)
     assert torch.equal(total, x + more)
     assert torch.equal(summed, kernels.rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("used", ["both", "sum", "norm"])
+def test_norms_of_sums(kernels: Kernels, threads: int, used: str) -> None:
+    x, more, of_total, of_out = (_random(70, 40, dtype=kernels.dtype, seed=seed) for seed in range(4))
+    weight = torch.rand(40) + 0.5
+    with torch.no_grad():
+        over = x.clone()
+        total, normed = add_rms_norm(over, more, weight, 1e-5, kernels)
+        assert total is over, "without gradients nothing is made beside the norm"
+    gradients = []
+    for compiled in (kernels, None):
+        own = [part.clone().requires_grad_() if compiled else _wide(part) for part in (x, more)]
+        found = add_rms_norm(own[0], own[1], weight, 1e-5, compiled)
+        _same(total, found[0])
+        _same(normed, found[1])
+        torch.autograd.backward(
+            [part for part, name in zip(found, ("sum", "norm"), strict=True) if used in ("both", name)],
+            [part.to(found[0].dtype) for part, name in ((of_total, "sum"), (of_out, "norm")) if used in ("both", name)],
+        )
+        gradients.append([part.grad for part in own])
+    for found_grad, expected in zip(*gradients, strict=True):
+        assert found_grad is not None
+        assert expected is not None
+        _same(found_grad, expected)
 
 
 def test_norms_of_slices(kernels: Kernels) -> None:

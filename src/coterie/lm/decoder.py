@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers.activations import SiLUActivation
 
 from coterie.lm.attention import CachePlan, Plan
-from coterie.lm.functions import rms_norm, rotate, swiglu
+from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
 from coterie.lm.native.kernels import Kernels
 from coterie.lm.products import MOST_PACKED, packable
@@ -50,11 +49,11 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.kernels)
 
-    def of_sum(self, x: Tensor, more: Tensor | None) -> Tensor:
-        """Add `more`, if there is any, to x in place, and norm the sum; without gradients."""
-        if self.kernels is not None and more is not None:
-            return self.kernels.add_rms_norm(x, more, self.weight, self.eps)
-        return self(x if more is None else x.add_(more))
+    def of_sum(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + more, if there is any, and the norm of that; without gradients the sum is written over x."""
+        if more is None:
+            return x, self(x)
+        return add_rms_norm(x, more, self.weight, self.eps, self.kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +96,24 @@ class Layer:
             Norm.of(attention.k_norm, kernels) if per_head else None,
         )
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
-        """Hidden states (T, hidden) -> (T, hidden)."""
-        q, k, v = self._heads(self.asked(self.before_attention(x)))
-        turned = rotate(q, cos, sin, self.kernels), rotate(k, cos, sin, self.kernels)
-        (mixed,) = self.mixed(plan.attend(self.number, *turned, v, self.scale).flatten(1))
-        x = x + mixed
-        (out,) = self.outer(self._gated(*self.inner(self.before_mlp(x))))
-        return x + out
+    def __call__(self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Hidden states x + more (T, hidden), where `more` is what the layer before left to be added -> the same of
+        this layer. Without gradients x is written over."""
+        x, normed = self.before_attention.of_sum(x, more)
+        x, normed = self.before_mlp.of_sum(x, self._mixed(self.asked(normed), cos, sin, plan))
+        (out,) = self.outer(self._gated(*self.inner(normed)))
+        return x, out
 
-    def cached(self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, plan: CachePlan) -> Tensor:
-        """The same with what is cached, without gradients, in fewer passes over memory.
-
-        Adds `more`, which the layer before left to be added, to x in place, and so on; returns what is still to be
-        added.
-        """
-        q, k, v = self._heads(self.asked(self.before_attention.of_sum(x, more)))
-        if self.kernels is not None and plan.sights is not None:
+    def _mixed(self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
+        """What attention makes of queries, keys and values."""
+        q, k, v = self._heads(projected)
+        if self.kernels is not None and isinstance(plan, CachePlan) and plan.sights is not None:
             seen = plan.attend_compiled(self.kernels, self.number, q, k, v, cos, sin, self.scale)
         else:
             turned = rotate(q, cos, sin, self.kernels), rotate(k, cos, sin, self.kernels)
             seen = plan.attend(self.number, *turned, v, self.scale).flatten(1)
         (mixed,) = self.mixed(seen)
-        (out,) = self.outer(self._gated(*self.inner(self.before_mlp.of_sum(x, mixed))))
-        return out
+        return mixed
 
     def _heads(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, normed where the family does that."""
@@ -160,15 +153,10 @@ class Decoder:
         x: Tensor = self._embed(token_ids)
         # (1, T, dim), the two halves alike
         cos, sin = (part[0, :, None, : part.shape[-1] // 2] for part in self._rotary(x, positions[None]))
-        if isinstance(plan, CachePlan) and not torch.is_grad_enabled():
-            more: Tensor | None = None
-            for layer in self.layers:
-                more = layer.cached(x, more, cos, sin, plan)
-            return self._norm.of_sum(x, more)
+        more: Tensor | None = None
         for layer in self.layers:
             if checkpoint:
-                run = partial(recompute, layer, use_reentrant=False, preserve_rng_state=False)
-                x = run(x, cos, sin, plan)
+                x, more = recompute(layer, x, more, cos, sin, plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, plan)
-        return self._norm(x)
+                x, more = layer(x, more, cos, sin, plan)
+        return self._norm.of_sum(x, more)[1]

@@ -66,6 +66,41 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels | None = No
     return out
 
 
+class _AddedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, x: Tensor, more: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+        out = kernels.add_rms_norm(x, more, weight, eps, total, inverse)
+        ctx.kernels = kernels
+        ctx.save_for_backward(total, weight, inverse)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        total, weight, inverse = ctx.saved_tensors
+        of_total, of_out = (grad.contiguous() for grad in grads)
+        grad = ctx.kernels.rms_norm_backward(of_out, total, weight, inverse, of_total)
+        return None, grad, grad, None, None
+
+
+def add_rms_norm(
+    x: Tensor, more: Tensor, weight: Tensor, eps: float, kernels: Kernels | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + more, which without gradients is written over x, and `rms_norm` of it; x and more contiguous (n, size)."""
+    if not torch.is_grad_enabled():
+        if kernels is not None:
+            return x, kernels.add_rms_norm(x, more, weight, eps, x)
+        x.add_(more)
+        return x, rms_norm(x, weight, eps)
+    if kernels is not None:
+        compiled: tuple[Tensor, Tensor] = _AddedRMSNorm.apply(kernels, x, more, weight, eps)  # type: ignore[no-untyped-call]
+        return compiled
+    total = x + more
+    return total, rms_norm(total, weight, eps)
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]

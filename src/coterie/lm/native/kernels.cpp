@@ -17,8 +17,8 @@
         rms_norm(x, x_row, added, total, weight, eps, y, inverse, rows, size, threads);                                     \
     }                                                                                                                       \
     EXPORT void rms_norm_backward_##S(const T* grad, const T* x, int64_t x_row, const float* weight, const float* inverse,  \
-                                      T* out, int64_t rows, int64_t size, int threads) {                                    \
-        rms_norm_backward(grad, x, x_row, weight, inverse, out, rows, size, threads);                                       \
+                                      const T* added, T* out, int64_t rows, int64_t size, int threads) {                    \
+        rms_norm_backward(grad, x, x_row, weight, inverse, added, out, rows, size, threads);                                \
     }                                                                                                                       \
     EXPORT void rotate_##S(const T* x, int64_t x_row, T* y, const T* cos, const T* sin, int64_t angle_row, float sign,      \
                            int64_t rows, int64_t heads, int64_t dim, int threads) {                                         \

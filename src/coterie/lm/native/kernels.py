@@ -25,7 +25,7 @@ from coterie.lm.native.build import find_library
 _P, _N, _F, _I = c_void_p, c_int64, c_float, c_int
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rms_norm": (_P, _N, _P, _P, _P, _F, _P, _P, _N, _N, _I),
-    "rms_norm_backward": (_P, _P, _N, _P, _P, _P, _N, _N, _I),
+    "rms_norm_backward": (_P, _P, _N, _P, _P, _P, _P, _N, _N, _I),
     "rotate": (_P, _N, _P, _P, _P, _N, _F, _N, _N, _N, _I),
     "swiglu": (_P, _N, _P, _N, _P, _N, _N, _I),
     "swiglu_backward": (_P, _P, _N, _P, _N, _P, _P, _N, _N, _I),
@@ -178,19 +178,26 @@ class Kernels:
                        torch.get_num_threads())  # fmt: skip
         return out
 
-    def add_rms_norm(self, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`x += more`, then as `rms_norm`; both contiguous (n, size)."""
+    def add_rms_norm(
+        self, x: Tensor, more: Tensor, weight: Tensor, eps: float, total: Tensor, inverse: Tensor | None = None
+    ) -> Tensor:
+        """`total = x + more`, then as `rms_norm` of that; all contiguous (n, size), and total may be x."""
         out = torch.empty_like(x)
         rows, size = x.shape
-        self._rms_norm(x.data_ptr(), size, more.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), None,
-                       rows, size, torch.get_num_threads())  # fmt: skip
+        kept = None if inverse is None else inverse.data_ptr()
+        self._rms_norm(x.data_ptr(), size, more.data_ptr(), total.data_ptr(), weight.data_ptr(), eps, out.data_ptr(),
+                       kept, rows, size, torch.get_num_threads())  # fmt: skip
         return out
 
-    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-        """The gradient at x (n, size) of `rms_norm`, given that at its result, contiguous (n, size)."""
+    def rms_norm_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, added: Tensor | None = None
+    ) -> Tensor:
+        """The gradient at x (n, size) of `rms_norm`, given that at its result, and `added` to it; grad and added are
+        contiguous (n, size)."""
         out = torch.empty_like(grad)
         rows, size = x.shape
-        self._rms_norm_backward(grad.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr(), inverse.data_ptr(),
+        more = None if added is None else added.data_ptr()
+        self._rms_norm_backward(grad.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr(), inverse.data_ptr(), more,
                                 out.data_ptr(), rows, size, torch.get_num_threads())  # fmt: skip
         return out
 

@@ -32,10 +32,10 @@ void rms_norm(const T* x, int64_t x_row, const T* added, T* total, const float* 
     }
 }
 
-// y = x r w, r = (mean x^2 + eps)^(-1/2):  dx = r w g - x r^3 mean(x w g)
+// y = x r w, r = (mean x^2 + eps)^(-1/2):  dx = r w g - x r^3 mean(x w g), and `added` to that, if it is not null
 template <class T>
-void rms_norm_backward(const T* grad, const T* x, int64_t x_row, const float* weight, const float* inverse, T* out,
-                       int64_t rows, int64_t size, int threads) {
+void rms_norm_backward(const T* grad, const T* x, int64_t x_row, const float* weight, const float* inverse, const T* added,
+                       T* out, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * size > PARALLEL) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const T *g = grad + r * size, *in = x + r * x_row;
@@ -44,8 +44,15 @@ void rms_norm_backward(const T* grad, const T* x, int64_t x_row, const float* we
         for (int64_t i = 0; i < size; i++) along += load(g[i]) * weight[i] * load(in[i]);
         float back = along * inv * inv * inv / size;
         T* to = out + r * size;
+        if (added) {
+            const T* more = added + r * size;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) store(to[i], load(g[i]) * weight[i] * inv - load(in[i]) * back);
+            for (int64_t i = 0; i < size; i++)
+                store(to[i], load(more[i]) + load(g[i]) * weight[i] * inv - load(in[i]) * back);
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) store(to[i], load(g[i]) * weight[i] * inv - load(in[i]) * back);
+        }
     }
 }
 
