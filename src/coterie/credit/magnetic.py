@@ -28,7 +28,7 @@ When it fails: momentum carries a policy past the point where it should turn, an
 `proximal`, which acts from the second pass of an update on (`learner.passes`). Steps too long for the magnet circle for
 ever: where each side's gradient is L times the other's distance from equilibrium, steps of length h contract only for
 h < 2 magnet / (magnet^2 + L^2). So whoever lets the magnet's weight fall (`final_magnet`) has to let the learning rate
-fall as far or further; magnets that move (`every` above 0) keep their weight, and come nearer at the same rate. A
+fall as far or further; magnets that move (`every` above 0) keep their weight, and come nearer by the same steps. A
 policy that saturates early, before the other one plays well, hardly comes back: a magnet that stays where it is
 (`every = 0`) holds it inside. A magnet that becomes the policy at once (`rate = 1`) remembers the noise of one update;
 going a part of the way averages over many. With a strong magnet policies stay near where they began, with none they
