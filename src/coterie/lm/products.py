@@ -6,11 +6,11 @@ Matrix libraries are made for many rows, and for matrices that change. Measured 
 model:
 
 - a matrix brought once into the order a kernel reads it in runs at 1.3 to 3 times the rate from 4 rows on. In float32,
-  on processors with fused multiplication, the kernel is our own (`native/products.h`): 1.2 to 1.4 times the rate of
-  oneDNN's up to 64 rows and 1.1 times for hundreds, and a row's result does not depend on the rows beside it. Otherwise
-  it is oneDNN's; in bfloat16, where other ways bring the matrix into that order anew each time, for any number of rows.
-  That is a second copy of the weights, and for the way back a third, so they are made, at the first such product, of
-  models up to `MOST_PACKED` bytes only, and for larger ones of the output matrix if that is small;
+  on processors with fused multiplication, the kernel is our own (`native/products.h`): 1.5 to 2 times the rate of
+  oneDNN's up to 64 rows and 1.0 to 1.3 times for hundreds, and a row's result does not depend on the rows beside it.
+  Otherwise it is oneDNN's; in bfloat16, where other ways bring the matrix into that order anew each time, for any
+  number of rows. That is a second copy of the weights, and for the way back a third, so they are made, at the first
+  such product, of models up to `MOST_PACKED` bytes only, and for larger ones of the output matrix if that is small;
 - in float32 without such a copy and with several threads, the transposed product W x^T is shared out among them better:
   1.2 to 1.5 times the rate at 16 to 64 rows.
 """

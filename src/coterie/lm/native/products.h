@@ -67,11 +67,13 @@ void product(const Parts& in, const float* panels, const float* bias, int64_t ro
     int64_t size = 0;
     for (int64_t part = 0; part < in.count; part++) size += in.sizes[part];
     const int64_t wide = (out + PANEL - 1) / PANEL, most = std::max<int64_t>(rows, 1);
-    // as few rows together as gives every thread several pieces
-    int64_t together = std::min(ROWS, most);
-    while (together > 8 * TILE && wide * ((most + together - 1) / together) < 4 * threads) together /= 2;
-    const int64_t blocks = (rows + together - 1) / together;
-#pragma omp parallel for num_threads(threads) if (size * out > PARALLEL) schedule(static)
+    // blocks of equal height, and enough of them that every thread has several pieces
+    int64_t blocks = (most + ROWS - 1) / ROWS;
+    while (most > 8 * TILE * blocks && wide * blocks < 4 * threads) blocks *= 2;
+    const int64_t together = (most + blocks - 1) / blocks;
+    blocks = (rows + together - 1) / together;
+    // who is done takes the next piece: shared out beforehand, a thread that was interrupted keeps all others waiting
+#pragma omp parallel for num_threads(threads) if (size * out > PARALLEL) schedule(dynamic)
     for (int64_t piece = 0; piece < blocks * wide; piece++) {
         const int64_t block = piece / wide, p = piece % wide, end = std::min(rows, (block + 1) * together);
         const float* panel = panels + p * PANEL * size;
