@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, Final, cast
 
 from pydantic import Field
@@ -99,8 +99,8 @@ class Poker:
     def __init__(self, options: PokerOptions) -> None:
         self.options = options
         self.scripts: Mapping[str, Script] = {"random": at_random, "caller": self._caller}
-        self._questions: dict[tuple[int, View, str], Question] = {}
-        """Thousands of episodes ask the same ones."""
+        self.question = cache(self._question)
+        """What a player is asked when it is to move at a view, in a language; thousands of episodes ask the same."""
 
     @cached_property
     def tree(self) -> GameTree:
@@ -185,14 +185,8 @@ class Poker:
             policies[player][view] = probabilities
         return list(policies)
 
-    def question(self, player: int, view: View, language: str) -> Question:
-        """What a player is asked when it is to move at `view`."""
-        key = player, view, language
-        found = self._questions.get(key)
-        if found is None:
-            shown, choices = self.shown(player, view, language), self.choices(view, language)
-            found = self._questions[key] = Question(SEATS[player], shown, choices)
-        return found
+    def _question(self, player: int, view: View, language: str) -> Question:
+        return Question(SEATS[player], self.shown(player, view, language), self.choices(view, language))
 
     def shown(self, player: int, view: View, language: str) -> Observation:
         """What a player sees when it is to move at `view`; the two seats differ only in who did what."""

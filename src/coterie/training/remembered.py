@@ -1,9 +1,8 @@
 """Last hidden states under weights that seldom change, kept from update to update.
 
 A small game asks the same prompts in every update. What the base makes of them, or a magnet until it moves, is the same
-every time: only what was not seen yet is computed, as a forest of its own. What is kept stands in checkpoints,
-so that a run that goes on from one has the very same numbers: another batch of the same tokens may differ in the last
-bit.
+every time: only what was not seen yet is computed, as a forest of its own. What is kept stands in checkpoints, so that
+a run that goes on from one has the very same numbers: another batch of the same tokens may differ in the last bit.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Kernels:
         """x / sqrt(mean x^2 + eps) * weight of rows (n, size); `inverse` (n,) float32 receives the first factor."""
         out = x.new_empty(x.shape)
         rows, size = x.shape
-        kept = None if inverse is None else inverse.data_ptr()
+        kept = _address(inverse)
         self._rms_norm(x.data_ptr(), x.stride(0), None, None, weight.data_ptr(), eps, out.data_ptr(), kept, rows, size,
                        torch.get_num_threads())  # fmt: skip
         return out
@@ -184,7 +184,7 @@ class Kernels:
         """`total = x + more`, then as `rms_norm` of that; all contiguous (n, size), and total may be x."""
         out = torch.empty_like(x)
         rows, size = x.shape
-        kept = None if inverse is None else inverse.data_ptr()
+        kept = _address(inverse)
         self._rms_norm(x.data_ptr(), size, more.data_ptr(), total.data_ptr(), weight.data_ptr(), eps, out.data_ptr(),
                        kept, rows, size, torch.get_num_threads())  # fmt: skip
         return out
@@ -196,7 +196,7 @@ class Kernels:
         contiguous (n, size)."""
         out = torch.empty_like(grad)
         rows, size = x.shape
-        more = None if added is None else added.data_ptr()
+        more = _address(added)
         self._rms_norm_backward(grad.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr(), inverse.data_ptr(), more,
                                 out.data_ptr(), rows, size, torch.get_num_threads())  # fmt: skip
         return out
@@ -365,10 +365,14 @@ class Kernels:
         self._product(
             (c_void_p * count)(*(part.data_ptr() for part in parts)), numbers(*(part.stride(0) for part in parts)),
             numbers(*(part.shape[1] for part in parts)), count, panels.data.data_ptr(),
-            None if panels.bias is None else panels.bias.data_ptr(), rows, panels.out, out.data_ptr(),
+            _address(panels.bias), rows, panels.out, out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=8)
