@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,26 +200,24 @@ def test_a_chat_continues_a_prefix_and_comes_in_pieces(address: str) -> None:
 
 
 def test_health_is_answered_while_the_engine_works(address: str) -> None:
-    async def ask() -> float:
-        slowest = 0.0
+    async def ask() -> int:
+        answered = 0
         async with aiohttp.ClientSession(address) as session:
             bodies = [
                 {"prompt": [(7 * n + 13 * i) % 290 for i in range(400)], "max_tokens": 60, "ignore_eos": True}
                 for n in range(24)
             ]
             work = [asyncio.ensure_future(session.post("/v1/completions", json=body)) for body in bodies]
-            while not all(task.done() for task in work):
-                began = time.monotonic()
+            while not any(task.done() for task in work):
                 async with session.get("/health") as reply:
                     assert reply.status == 200
-                slowest = max(slowest, time.monotonic() - began)
-                await asyncio.sleep(0.02)
+                answered += 1
             for task in work:
                 answer = await (await task).json()
                 assert answer["usage"]["completion_tokens"] == 60
-        return slowest
+        return answered
 
-    assert asyncio.run(ask()) < 5  # milliseconds on an idle machine; the whole work takes longer than this on any
+    assert asyncio.run(ask()) > 20  # before the first of them ends; an engine that holds the loop answers once or twice
 
 
 # -- start and end ----------------------------------------------------------------------------------------------------

