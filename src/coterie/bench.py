@@ -46,10 +46,10 @@ KINDS = ("matrix products", "adapters", "attention", "sampling and loss", "copie
 
 _MATRIX = re.compile(r"aten::(mm|addmm|linear|addmv|mv|dot|mkldnn_linear.*|_.*mm.*)|mkldnn.*|mkl::.*|coterie::product")
 _BATCHED = re.compile(r"aten::(bmm|baddbmm|matmul|einsum)")
-_ADAPTERS = re.compile(r"coterie::add_low_rank")
+_ADAPTERS = re.compile(r"coterie::(add_low_rank|low_rank_gradients)")
 _ATTENTION = re.compile(
     r"aten::(_?scaled_dot_product.*|_softmax.*|softmax.*|_?flex_attention.*)"
-    r"|coterie::(attend|masked_softmax|softmax_scores_backward)"
+    r"|coterie::(attend|attend_tree|attend_tree_backward|masked_softmax|softmax_scores_backward)"
 )
 _SAMPLING = re.compile(
     r"aten::(_?log_softmax.*|logsumexp|exp_?|log_?|cumsum_?|searchsorted|bucketize|multinomial|argmax|topk|sort"

@@ -158,6 +158,8 @@ def test_figures_are_medians_and_limits_use_the_rates_around_an_update() -> None
         ("coterie::attend", [], "attention"),
         ("coterie::summarise", [], "sampling and loss"),
         ("coterie::rms_norm_backward", [], "element-wise"),
+        ("coterie::attend_tree_backward", [], "attention"),
+        ("coterie::low_rank_gradients", [], "adapters"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
         ("aten::_softmax", [], "attention"),
         ("aten::_log_softmax_backward_data", [], "sampling and loss"),
@@ -199,7 +201,7 @@ def test_our_own_kernels_are_seen_while_it_is_profiled(tiny_base: BaseModel) -> 
 
     _, events = asyncio.run(profiled(work(), tiny_base))
     seen = {event.name for event in events if event.name.startswith("coterie::")}
-    parts = {"rms_norm", "rotate", "masked_softmax", "swiglu"} if tiny_base.kernels is not None else set()
+    parts = {"rms_norm", "rotate", "attend_tree", "swiglu"} if tiny_base.kernels is not None else set()
     if tiny_base.kernels is not None and tiny_base.kernels.panel:
         parts |= {"product", "pack_panels"}
     assert seen == {f"coterie::{part}" for part in parts}

@@ -18,7 +18,8 @@ from torch import Tensor
 from coterie.lm.adapter import Adapter, AdapterPool
 from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.native import build
-from coterie.lm.native.kernels import Kernels, Ranges, kernels_for
+from coterie.lm.native.kernels import Kernels, kernels_for
+from coterie.lm.native.operands import Outer, Ranges, Sights
 from coterie.training.loss import chosen, entropy
 from tests.support.compiled import need_kernels
 
@@ -149,15 +150,15 @@ def test_cached_attention(kernels: Kernels, threads: int, group: int, dim: int) 
     angle = _random(4, 1, dim // 2, dtype=torch.float32, seed=6)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     paths = [[7, 8, 20], [7, 8, 9, 21], [3, 22], [3, 22, 23]]
-    own = torch.tensor([path[-1] for path in paths], dtype=torch.int32)
+    own = torch.tensor([path[-1] for path in paths])
     lists = torch.tensor([slot for path in paths for slot in path], dtype=torch.int32)
     first = torch.tensor([0, 3, 7, 9])
     seen = torch.tensor([len(path) for path in paths], dtype=torch.int32)
     before = pool_k.clone()
-    found = kernels.attend(q, k, v, cos, sin, pool_k, pool_v, own, lists, first, seen, 4, 0.3)
+    found = kernels.attend(q, k, v, cos, sin, pool_k, pool_v, own, Sights(lists, first, seen, 4), 0.3)
     turned_q, turned_k = (rotate(x.float(), cos.float(), sin.float()) for x in (q, k))
-    _same(pool_k[:, own.long()], turned_k.transpose(0, 1))
-    assert torch.equal(pool_v[:, own.long()], v.transpose(0, 1))
+    _same(pool_k[:, own], turned_k.transpose(0, 1))
+    assert torch.equal(pool_v[:, own], v.transpose(0, 1))
     untouched = [slot for slot in range(30) if slot not in own.tolist()]
     assert torch.equal(pool_k[:, untouched], before[:, untouched])
     for token, path in enumerate(paths):
@@ -199,6 +200,19 @@ def test_low_rank_updates(kernels: Kernels, threads: int, lengths: list[int], fa
     del ranges, again, adapter, a, b
     assert known is not None
     assert copy() is None, "addresses that are remembered keep an adapter's former weights"
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7, 16])
+@pytest.mark.parametrize("sizes", [(3, 40, 8), (300, 19, 33), (130, 64, 192)])
+def test_gradients_of_factors(kernels: Kernels, threads: int, rank: int, sizes: tuple[int, int, int]) -> None:
+    tokens, fan_in, fan_out = sizes
+    grad_h, h = (_random(tokens, rank, dtype=kernels.dtype, seed=seed) for seed in (1, 2))
+    x = _random(tokens, fan_in + 5, dtype=kernels.dtype, seed=3)[:, :fan_in]
+    grad = _random(tokens, fan_out, dtype=kernels.dtype, seed=4)
+    of_a, of_b = torch.ones(rank, fan_in), torch.ones(fan_out, rank)
+    kernels.low_rank_gradients([Outer(grad_h, x, of_a, False, 0.5), Outer(h, grad, of_b, True, 0.25)])
+    torch.testing.assert_close(of_a, 1 + 0.5 * grad_h.float().t() @ x.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_b, 1 + 0.25 * grad.float().t() @ h.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (4, 40, 300)])

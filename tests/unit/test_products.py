@@ -41,8 +41,10 @@ def test_the_output_matrix_gives_plain_logits(rows: int) -> None:
     output = OutputMatrix(weight)
     with torch.no_grad():
         torch.testing.assert_close(output(hidden), hidden @ weight.t())
-    output(hidden).sum().backward()  # type: ignore[no-untyped-call]
+    grad = torch.randn(rows, 300)
+    output(hidden).backward(grad)  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, grad @ weight.detach())
 
 
 @pytest.mark.parametrize("pack", [False, True])

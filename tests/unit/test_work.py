@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coterie.config import LearnerConfig
 from coterie.inference.local.engine import LocalEngine
 from coterie.lm.base import BaseModel
-from coterie.lm.native.kernels import Kernels, Panels
+from coterie.lm.native.kernels import Kernels
+from coterie.lm.native.operands import Panels
 from coterie.models import ModelConfig
 from coterie.training.batch import Batch, HeadKey, Term
 from coterie.training.learner import Learner

@@ -127,18 +127,10 @@ class Adapter:
             cast = self._cast = dtype, found
         return cast[1]
 
-    def add_gradient(self, name: str, grad_h: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> None:
-        """Add what some tokens give to the gradients of a layer's A and B, if the adapter is trained.
-
-        Args:
-            grad_h: dy B (tokens, rank), without the scaling.
-            x: (tokens, in); h: x A^T (tokens, rank); grad: dy (tokens, out).
-        """
+    def gradients(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Those of a layer's A (rank, in) and B (out, rank), to be added to; None: the adapter is not trained."""
         a, b = self.a[name].grad, self.b[name].grad
-        if a is not None and b is not None:
-            # thin products in the layouts that matrix libraries are fast at (up to five times here)
-            a.add_(grad_h.t() @ x, alpha=self.scaling)
-            b.add_((h.t() @ grad).t(), alpha=self.scaling)
+        return None if a is None or b is None else (a, b)
 
     def touch(self) -> None:
         """The weights changed: copies of them are forgotten."""

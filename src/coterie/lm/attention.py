@@ -13,13 +13,15 @@ along the query axis.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from coterie.lm.functions import side_by_side
 from coterie.lm.native.kernels import Kernels, kernels_for
+from coterie.lm.native.operands import Sights
 
 
 class Plan(Protocol):
@@ -46,14 +48,16 @@ class TreePlan:
     """Packed tokens in depth-first order of their prefix tree, cut into blocks of queries."""
 
     blocks: tuple[Block, ...]
-    masks: dict[tuple[int, torch.dtype], Tensor]
+    sights: Sights
+    """In place of blocks, where kernels are compiled for the model's heads."""
+    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     """Additive masks by (block, dtype), filled at the first layer and used by all; where nothing is compiled."""
 
-    @classmethod
-    def of(cls, blocks: Sequence[Block]) -> TreePlan:
-        return cls(tuple(blocks), {})
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        kernels = kernels_for(q.dtype, q.device)
+        if kernels is not None and kernels.attends_trees(q.shape[1], k.shape[1], q.shape[2]):
+            listed: Tensor = _ListedAttention.apply(kernels, self.sights, q, k, v, scale)  # type: ignore[no-untyped-call]
+            return listed
         out: Tensor = _TreeAttention.apply(self, q, k, v, scale)  # type: ignore[no-untyped-call]
         return out
 
@@ -69,9 +73,9 @@ class TreePlan:
 
 
 def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
-    """(n, heads, dim) -> (kv_heads, group * n, dim)"""
+    """(n, heads, dim) -> (kv_heads, group * n, dim), contiguous"""
     n, heads, dim = x.shape
-    return x.reshape(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+    return x.reshape(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).contiguous()
 
 
 def _by_token(x: Tensor, n: int) -> Tensor:
@@ -84,6 +88,24 @@ def _seen(block: Block, x: Tensor) -> Tensor:
     """Keys or values (T, kv_heads, dim) that a block sees: (kv_heads, keys, dim)."""
     own = x[block.start : block.end]
     return (torch.cat([*(x[a:b] for a, b in block.ancestors), own]) if block.ancestors else own).transpose(0, 1)
+
+
+class _ListedAttention(torch.autograd.Function):
+    """Attention of every token to the tokens it sees, one by one; probabilities are computed again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, see: Sights, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (side_by_side(part) for part in (q, k, v))
+        out = kernels.attend_tree(q, k, v, see, scale)
+        ctx.kernels, ctx.see, ctx.scale = kernels, see, scale
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor, None]:
+        q, k, v, out = ctx.saved_tensors
+        back = ctx.kernels.attend_tree_backward(grads[0].contiguous(), out, q, k, v, ctx.see, ctx.scale)
+        return None, None, *back, None
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -189,22 +211,6 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Sights:
-    """What each packed token sees, as lists of cache slots: no padding, no masks; for compiled attention."""
-
-    slots: Tensor
-    """int32: one list after another."""
-    first: Tensor
-    """int64 (T,): where a token's list begins."""
-    seen: Tensor
-    """int32 (T,): how long it is."""
-    most: int
-    """The longest."""
-    own: Tensor
-    """int32 (T,): where the token's own key goes."""
-
-
-@dataclass(frozen=True, slots=True)
 class CachePlan:
     """New tokens written to cache slots; keys read back by slot. Inference only."""
 
@@ -217,7 +223,7 @@ class CachePlan:
     order: Tensor | None
     """int64 (T,): position of each packed token in the concatenated, padded bucket outputs; None: as they come."""
     sights: Sights | None = None
-    """In place of buckets, where kernels are compiled and they are quicker."""
+    """In place of buckets, where kernels are compiled and they are quicker: lists of cache slots."""
 
     def attend_compiled(
         self, kernels: Kernels, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float
@@ -225,10 +231,7 @@ class CachePlan:
         """As `attend`, of queries and keys that are not rotated yet -> (T, heads * dim)."""
         see = self.sights
         assert see is not None
-        return kernels.attend(
-            q, k, v, cos, sin, self.keys[layer], self.values[layer], see.own, see.slots, see.first, see.seen,
-            see.most, scale,
-        )  # fmt: skip
+        return kernels.attend(q, k, v, cos, sin, self.keys[layer], self.values[layer], self.slots, see, scale)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pool_k, pool_v = self.keys[layer], self.values[layer]

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from coterie.lm.attention import Block, TreePlan
+from coterie.lm.native.operands import Sights
 
 BLOCK_TOKENS = 192
 """Queries a block of attention aims at: larger blocks waste work on masked keys, smaller ones on overhead."""
@@ -36,13 +37,14 @@ class Forest:
     paths: tuple[NDArray[np.int64], ...]
     """For each sequence, in the order given, the packed index of each of its tokens."""
     blocks: tuple[Block, ...]
+    sights: Sights
 
     @property
     def size(self) -> int:
         return len(self.token_ids)
 
     def plan(self) -> TreePlan:
-        return TreePlan.of(self.blocks)
+        return TreePlan(self.blocks, self.sights)
 
 
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -91,7 +93,20 @@ def pack(sequences: Sequence[tuple[int, tuple[int, ...]]], block_tokens: int = B
         tuple(segments),
         tuple(paths),
         tuple(_blocks(parts, starts, block_tokens)),
+        _sights(parts, len(ids)),
     )
+
+
+def _sights(parts: Sequence[tuple[int, int, NDArray[np.int64]]], tokens: int) -> Sights:
+    """The path of every packed token; tokens [start, end) of a part have beginnings of the same list."""
+    first, seen = np.zeros(tokens, np.int64), np.zeros(tokens, np.int32)
+    at = 0
+    for start, end, path in parts:
+        first[start:end] = at
+        seen[start:end] = np.arange(len(path) - (end - start), len(path)) + 1
+        at += len(path)
+    slots = np.concatenate([path for _, _, path in parts]).astype(np.int32)
+    return Sights(torch.from_numpy(slots), torch.from_numpy(first), torch.from_numpy(seen), int(seen.max()))
 
 
 def _blocks(parts: Sequence[tuple[int, int, NDArray[np.int64]]], policy_starts: set[int], size: int) -> list[Block]:

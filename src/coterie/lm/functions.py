@@ -115,7 +115,7 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, kernels: Kernels | None, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.kernels = kernels
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1.0) if kernels is None else kernels.rotate(_headed(x), cos, sin, 1.0)
+        return _turned(x, cos, sin, 1.0) if kernels is None else kernels.rotate(side_by_side(x), cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
@@ -123,11 +123,11 @@ class _Rotary(torch.autograd.Function):
         (grad,) = grads
         if ctx.kernels is None:
             return None, _turned(grad, cos, sin, -1.0), None, None
-        return None, ctx.kernels.rotate(_headed(grad), cos, sin, -1.0), None, None
+        return None, ctx.kernels.rotate(side_by_side(grad), cos, sin, -1.0), None, None
 
 
-def _headed(x: Tensor) -> Tensor:
-    """x (n, heads, dim) with the heads of a token side by side."""
+def side_by_side(x: Tensor) -> Tensor:
+    """x (n, heads, dim) with the heads of a token side by side: rows may be far apart, within one there are no gaps."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coterie.lm.native.operands import Outer
 from coterie.lm.products import BackMatrix, PackedMatrix, frozen_linear
 from coterie.lm.route import Route
 
@@ -111,19 +112,28 @@ class _Adapted(torch.autograd.Function):
         if ctx.compiled is not None:
             kernels, ranges = ctx.compiled
             target = torch.zeros_like(x) if grad_x is None else grad_x
+            sums: list[Outer] = []
             for place, name in siblings.adapted:
                 grad = grads[place] if grads[place].stride(1) == 1 else grads[place].contiguous()
                 for (adapter, start, end), grad_h in zip(
                     ranges.segments, kernels.low_rank_backward(grad, name, target, ranges), strict=True
                 ):
-                    adapter.add_gradient(name, grad_h, x[start:end], next(kept), grad[start:end])
+                    h, gradients = next(kept), adapter.gradients(name)
+                    if gradients is not None:
+                        sums.append(Outer(grad_h, x[start:end], gradients[0], False, adapter.scaling))
+                        sums.append(Outer(h, grad[start:end], gradients[1], True, adapter.scaling))
+            kernels.low_rank_gradients(sums)
         for adapter, start, end in ctx.segments:
             factors, own = adapter.factors(x.dtype), x[start:end]
             for place, name in siblings.adapted:
                 a, b = factors[name]
                 grad = grads[place][start:end]
                 grad_h = functional.linear(grad, b)
-                adapter.add_gradient(name, grad_h, own, next(kept), grad)
+                h, gradients = next(kept), adapter.gradients(name)
+                if gradients is not None:
+                    # thin products in the layouts that matrix libraries are fast at (up to five times here)
+                    gradients[0].add_(grad_h.t() @ own, alpha=adapter.scaling)
+                    gradients[1].add_((h.t() @ grad).t(), alpha=adapter.scaling)
                 if grad_x is not None:
                     grad_x[start:end].addmm_(grad_h, a, alpha=adapter.scaling)
         return grad_x, None, None, None

@@ -18,6 +18,7 @@ model:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,21 @@ class OutputMatrix:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (n, vocabulary) of (n, hidden), in its dtype."""
-        if self._packed is None or torch.is_grad_enabled() or not self._packed.suits(len(hidden)):
+        packed = self._packed
+        if packed is None or not packed.suits(len(hidden)):
             return functional.linear(hidden, self.weight)
-        return self._packed(hidden)
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return packed(hidden)
+        found: Tensor = _Logits.apply(hidden, packed, self.weight)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, packed: PackedMatrix, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return packed(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.weight, None, None

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.lm.adapter import AdapterPool, Segment
-from coterie.lm.native.kernels import Addresses, Kernels, Ranges
+from coterie.lm.native.kernels import Kernels
+from coterie.lm.native.operands import Addresses, Ranges
 
 PADDED_SEGMENTS = 6
 """Ranges of unlike length from which padding them is quicker than one after the other."""

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from coterie.config import LearnerConfig
-from coterie.lm.native.kernels import Kernels, Summary
+from coterie.lm.native.kernels import Kernels
+from coterie.lm.native.operands import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class _Chosen(torch.autograd.Function):
         told: Summary = ctx.told
         asked = torch.zeros(len(logits)).index_add_(0, at, of_chosen)
         alpha = -(asked + of_entropy * told.entropy.float())
-        out = ctx.kernels.softmax_backward(logits, told, alpha, -of_entropy)
+        out = ctx.kernels.softmax_backward_(logits, told, alpha, -of_entropy)
         single = (of_chosen * told.sharpness[at]).to(out.dtype)
         out.index_put_((at, tokens), single, accumulate=True)
         return out, None, None, None, None
@@ -96,6 +97,7 @@ class _Chosen(torch.autograd.Function):
 
 def chosen(kernels: Kernels, logits: Tensor, at: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities float32 (m,) of `tokens` (m,) in rows `at` (m,) of softmax(logits / temperature), and the
-    entropies float32 (n,) of all rows; logits (n, vocabulary), contiguous, of the kernels' dtype."""
+    entropies float32 (n,) of all rows; logits (n, vocabulary), contiguous, of the kernels' dtype, are the caller's last
+    use of them: their gradient is written over them."""
     found: tuple[Tensor, Tensor] = _Chosen.apply(logits, kernels, at, tokens, temperature)  # type: ignore[no-untyped-call]
     return found

@@ -279,7 +279,7 @@ class LocalEngine:
         device = self.base.device
         self.cache.take(node for node in work.nodes if node.slot < 0)
         rows = attention_rows(work.nodes)
-        listed = sights(rows, work.nodes) if self.base.kernels is not None else None
+        listed = sights(rows, len(work.nodes)) if self.base.kernels is not None else None
         made, order = buckets(rows, len(work.nodes), device) if listed is None else ((), None)
         slots = torch.tensor([node.slot for node in work.nodes], device=device)
         plan = CachePlan(self.cache.keys, self.cache.values, slots, made, order, listed)

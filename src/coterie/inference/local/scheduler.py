@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from coterie.inference.local.cache import Node
-from coterie.lm.attention import Bucket, Sights, Trunk
+from coterie.lm.attention import Bucket, Trunk
+from coterie.lm.native.operands import Sights
 from coterie.types import AdapterVersion
 
 
@@ -120,11 +121,11 @@ LONGEST_LISTED = 512
 """Keys a chain of several new tokens may see for lists to be quicker than products of whole matrices."""
 
 
-def sights(rows: Sequence[Row], nodes: Sequence[Node]) -> Sights | None:
-    """What each new token sees, as lists; None where a row has many tokens that see many keys."""
+def sights(rows: Sequence[Row], tokens: int) -> Sights | None:
+    """What each of so many new tokens sees, as lists; None where a row has many tokens that see many keys."""
     if any(len(row.queries) > 1 and len(row.keys) > LONGEST_LISTED for row in rows):
         return None
-    first, seen = np.zeros(len(nodes), np.int64), np.zeros(len(nodes), np.int32)
+    first, seen = np.zeros(tokens, np.int64), np.zeros(tokens, np.int32)
     listed: list[int] = []
     for row in rows:
         begins, length, new = len(listed), len(row.keys), len(row.queries)
@@ -139,7 +140,6 @@ def sights(rows: Sequence[Row], nodes: Sequence[Node]) -> Sights | None:
         torch.from_numpy(first),
         torch.from_numpy(seen),
         int(seen.max()),
-        torch.tensor([node.slot for node in nodes], dtype=torch.int32),
     )
 
 

@@ -19,15 +19,55 @@ inline floats multiply_add(floats sum, const bf16* a, const bf16* b) {
 }
 #endif
 
+// Keys or values of one head: that of a slot begins at data + slot * row.
+template <class T> struct Pool {
+    const T* data;
+    int64_t row;
+};
+
 // scores of K keys for the G query heads; those of head g go to scores + g * row
-template <class T, int G, int D, int K>
-inline void score_keys(const T* q, const T* keys, const int32_t* slots, float scale, float* scores, int64_t row) {
+template <class T, int G, int K>
+inline void score_some(const T* q, Pool<T> keys, const int32_t* slots, int64_t dim, float scale, float* scores, int64_t row) {
     floats sums[G][K] = {};
-    for (int64_t i = 0; i < D; i += STEP<T>)
+    const T* key[K];
+    for (int64_t n = 0; n < K; n++) key[n] = keys.data + slots[n] * keys.row;
+    for (int64_t i = 0; i < dim; i += STEP<T>)
         for (int64_t n = 0; n < K; n++)
-            for (int64_t g = 0; g < G; g++) sums[g][n] = multiply_add(sums[g][n], q + g * D + i, keys + slots[n] * D + i);
+            for (int64_t g = 0; g < G; g++) sums[g][n] = multiply_add(sums[g][n], q + g * dim + i, key[n] + i);
     for (int64_t g = 0; g < G; g++)
         for (int64_t n = 0; n < K; n++) scores[g * row + n] = sum_of(sums[g][n]) * scale;
+}
+
+// the power of two, at most `wanted`, that times `sums` registers hold
+constexpr int64_t fitting(int64_t wanted, int64_t sums) {
+    int64_t found = wanted;
+    while (found > 1 && found * sums > SUMS) found /= 2;
+    return found;
+}
+
+// scale q k of the G query heads (G, dim) and all keys they see, to scores (G, seen)
+template <class T, int G>
+inline void score_keys(const T* q, Pool<T> keys, const int32_t* slots, int64_t seen, int64_t dim, float scale, float* scores) {
+    constexpr int64_t KEYS = fitting(4, G);
+    int64_t first = 0;
+    for (; first + KEYS <= seen; first += KEYS)
+        score_some<T, G, KEYS>(q, keys, slots + first, dim, scale, scores + first, seen);
+    for (; first < seen; first++) score_some<T, G, 1>(q, keys, slots + first, dim, scale, scores + first, seen);
+}
+
+// sum of weight * value over the keys that are seen, PARTS registers of `dim` at a time: weights (G, seen) to out (G, dim)
+template <class T, int G, int PARTS>
+inline void blend(const float* weights, Pool<T> values, const int32_t* slots, int64_t seen, int64_t dim, T* out) {
+    for (int64_t at = 0; at < dim; at += PARTS * WIDE) {
+        floats sums[G][PARTS] = {};
+        for (int64_t n = 0; n < seen; n++) {
+            const T* value = values.data + slots[n] * values.row + at;
+            for (int64_t g = 0; g < G; g++)
+                for (int64_t i = 0; i < PARTS; i++) sums[g][i] += weights[g * seen + n] * load_wide(value + i * WIDE);
+        }
+        for (int64_t g = 0; g < G; g++)
+            for (int64_t i = 0; i < PARTS; i++) store_wide(out + g * dim + at + i * WIDE, sums[g][i]);
+    }
 }
 
 // probabilities of n keys from their scores, in place
@@ -45,41 +85,21 @@ template <class T> void softmax_row(float* row, int64_t n) {
     for (int64_t i = 0; i < n; i++) row[i] = rounded<T>(row[i] * share);
 }
 
-// the power of two, at most `wanted`, that times `sums` registers hold
-constexpr int64_t fitting(int64_t wanted, int64_t sums) {
-    int64_t found = wanted;
-    while (found > 1 && found * sums > SUMS) found /= 2;
-    return found;
-}
-
 // The G query heads of one key head at one token; scratch: (G, seen).
 template <class T, int G, int D>
-void attend_token(const T* q, const T* keys, const T* values, const int32_t* slots, int64_t seen, float scale, T* out,
+void attend_token(const T* q, Pool<T> keys, Pool<T> values, const int32_t* slots, int64_t seen, float scale, T* out,
                   float* scratch, int64_t, int64_t) {
-    constexpr int64_t KEYS = fitting(4, G), PARTS = fitting(D / WIDE, G);
-    int64_t first = 0;
-    for (; first + KEYS <= seen; first += KEYS)
-        score_keys<T, G, D, KEYS>(q, keys, slots + first, scale, scratch + first, seen);
-    for (; first < seen; first++) score_keys<T, G, D, 1>(q, keys, slots + first, scale, scratch + first, seen);
+    score_keys<T, G>(q, keys, slots, seen, D, scale, scratch);
     for (int64_t g = 0; g < G; g++) softmax_row<T>(scratch + g * seen, seen);
-    for (int64_t at = 0; at < D; at += PARTS * WIDE) {
-        floats sums[G][PARTS] = {};
-        for (int64_t n = 0; n < seen; n++) {
-            const T* value = values + slots[n] * D + at;
-            for (int64_t g = 0; g < G; g++)
-                for (int64_t i = 0; i < PARTS; i++) sums[g][i] += scratch[g * seen + n] * load_wide(value + i * WIDE);
-        }
-        for (int64_t g = 0; g < G; g++)
-            for (int64_t i = 0; i < PARTS; i++) store_wide(out + g * D + at + i * WIDE, sums[g][i]);
-    }
+    blend<T, G, fitting(D / WIDE, G)>(scratch, values, slots, seen, D, out);
 }
 
 // The same for any group and dimension; scratch: (group, seen), then (group, dim).
 template <class T>
-void attend_any(const T* q, const T* keys, const T* values, const int32_t* slots, int64_t seen, float scale, T* out,
+void attend_any(const T* q, Pool<T> keys, Pool<T> values, const int32_t* slots, int64_t seen, float scale, T* out,
                 float* scratch, int64_t group, int64_t dim) {
     for (int64_t n = 0; n < seen; n++) {
-        const T* key = keys + slots[n] * dim;
+        const T* key = keys.data + slots[n] * keys.row;
         for (int64_t g = 0; g < group; g++) {
             float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -91,7 +111,7 @@ void attend_any(const T* q, const T* keys, const T* values, const int32_t* slots
     float* total = scratch + group * seen;
     std::memset(total, 0, group * dim * sizeof(float));
     for (int64_t n = 0; n < seen; n++) {
-        const T* value = values + slots[n] * dim;
+        const T* value = values.data + slots[n] * values.row;
         for (int64_t g = 0; g < group; g++) {
             float p = scratch[g * seen + n];
 #pragma omp simd
@@ -101,10 +121,10 @@ void attend_any(const T* q, const T* keys, const T* values, const int32_t* slots
     for (int64_t i = 0; i < group * dim; i++) store(out[i], total[i]);
 }
 
-template <class T> using Attend = void (*)(const T*, const T*, const T*, const int32_t*, int64_t, float, T*, float*,
+template <class T> using Attend = void (*)(const T*, Pool<T>, Pool<T>, const int32_t*, int64_t, float, T*, float*,
                                            int64_t, int64_t);
 
-template <class T, int D> Attend<T> by_group(int64_t group) {
+template <class T, int D> Attend<T> attend_of(int64_t group) {
     switch (group) {
         case 1: return attend_token<T, 1, D>;
         case 2: return attend_token<T, 2, D>;
@@ -115,14 +135,17 @@ template <class T, int D> Attend<T> by_group(int64_t group) {
         default: return attend_any<T>;
     }
 }
+template <class T> Attend<T> attend_of(int64_t group, int64_t dim) {
+    return dim == 64 ? attend_of<T, 64>(group) : dim == 128 ? attend_of<T, 128>(group) : attend_any<T>;
+}
 
 // Keys and values of the tokens go, keys rotated, to their slots; then every token asks the keys it sees.
 template <class T>
 void attend(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row, const T* cos, const T* sin,
-            int64_t angle_row, T* pool_k, T* pool_v, int64_t pool_head, const int32_t* own, const int32_t* slots,
+            int64_t angle_row, T* pool_k, T* pool_v, int64_t pool_head, const int64_t* own, const int32_t* slots,
             const int64_t* first, const int32_t* seen, T* out, int64_t tokens, int64_t kv_heads, int64_t group, int64_t dim,
             float scale, int64_t most_seen, int threads) {
-    Attend<T> one = dim == 64 ? by_group<T, 64>(group) : dim == 128 ? by_group<T, 128>(group) : attend_any<T>;
+    Attend<T> one = attend_of<T>(group, dim);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> scratch(group * (dim + most_seen));
@@ -141,7 +164,7 @@ void attend(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, in
             for (int64_t g = 0; g < group; g++)
                 rotate_head(q + t * q_row + (h * group + g) * dim, turned.data() + g * dim, cos + t * angle_row,
                             sin + t * angle_row, 1.0f, dim / 2);
-            one(turned.data(), pool_k + h * pool_head, pool_v + h * pool_head, slots + first[t], seen[t], scale,
+            one(turned.data(), {pool_k + h * pool_head, dim}, {pool_v + h * pool_head, dim}, slots + first[t], seen[t], scale,
                 out + (t * kv_heads + h) * group * dim, scratch.data(), group, dim);
         }
     }

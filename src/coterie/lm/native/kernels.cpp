@@ -9,6 +9,7 @@
 #include "low_rank.h"
 #include "products.h"
 #include "sampling.h"
+#include "tree.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define KERNELS(T, S)                                                                                                       \
@@ -33,7 +34,7 @@
         swiglu_backward(grad, gate, gate_row, up, up_row, grad_gate, grad_up, rows, size, threads);                         \
     }                                                                                                                       \
     EXPORT void attend_##S(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row, const T* cos,   \
-                           const T* sin, int64_t angle_row, T* pool_k, T* pool_v, int64_t pool_head, const int32_t* own,    \
+                           const T* sin, int64_t angle_row, T* pool_k, T* pool_v, int64_t pool_head, const int64_t* own,    \
                            const int32_t* slots, const int64_t* first, const int32_t* seen, T* out, int64_t tokens,         \
                            int64_t kv_heads, int64_t group, int64_t dim, float scale, int64_t most_seen, int threads) {     \
         attend(q, q_row, k, k_row, v, v_row, cos, sin, angle_row, pool_k, pool_v, pool_head, own, slots, first, seen, out,  \
@@ -54,13 +55,14 @@
         add_low_rank(x, x_row, out, out_row, fan_out, layers, a, b, ranks, scales, starts, ends, ranges, fan_in, most_rank, \
                      kept, threads);                                                                                        \
     }                                                                                                                       \
+    EXPORT void low_rank_gradients_##S(const Outer<T>* jobs, int64_t count, int threads) { outer(jobs, count, threads); }   \
     EXPORT void summarise_##S(const T* logits, int64_t rows, int64_t size, const float* sharpness, double* log_z,           \
                               double* entropy, double* chunks, int64_t* best, float* most, int threads) {                   \
         summarise(logits, rows, size, sharpness, log_z, entropy, chunks, best, most, threads);                       \
     }                                                                                                                       \
-    EXPORT void softmax_backward_##S(const T* logits, int64_t rows, int64_t size, const float* sharpness, const float* most, \
-                                     const double* log_z, const float* alpha, const float* beta, T* out, int threads) {     \
-        softmax_backward(logits, rows, size, sharpness, most, log_z, alpha, beta, out, threads);                            \
+    EXPORT void softmax_backward_##S(T* logits, int64_t rows, int64_t size, const float* sharpness, const float* most,      \
+                                     const double* log_z, const float* alpha, const float* beta, int threads) {             \
+        softmax_backward(logits, rows, size, sharpness, most, log_z, alpha, beta, threads);                                 \
     }                                                                                                                       \
     EXPORT void pick_##S(const T* logits, int64_t size, const float* sharpness, const double* log_z, const double* chunks,  \
                          const int64_t* best, const float* most, const int64_t* row_of, const double* uniforms,             \
@@ -88,4 +90,18 @@ EXPORT void pack_panels_f32(const float* w, int64_t out_step, int64_t size_step,
 EXPORT void product_f32(const float* const* x, const int64_t* x_row, const int64_t* sizes, int64_t parts,
                         const float* panels, const float* bias, int64_t rows, int64_t out, float* y, int threads) {
     product({x, x_row, sizes, parts}, panels, bias, rows, out, y, threads);
+}
+EXPORT void attend_tree_f32(const float* q, int64_t q_row, const float* k, int64_t k_row, const float* v, int64_t v_row,
+                            const int32_t* slots, const int64_t* first, const int32_t* seen, float* out, int64_t tokens,
+                            int64_t kv_heads, int64_t group, int64_t dim, float scale, int64_t most_seen, int threads) {
+    attend_tree({q, q_row, k, k_row, v, v_row, kv_heads, group, dim, scale}, {slots, first, seen, tokens, most_seen}, out,
+                threads);
+}
+EXPORT void attend_tree_backward_f32(const float* q, int64_t q_row, const float* k, int64_t k_row, const float* v,
+                                     int64_t v_row, const int32_t* slots, const int64_t* first, const int32_t* seen,
+                                     const float* grad, const float* out, float* grad_q, float* grad_k, float* grad_v,
+                                     int64_t tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,
+                                     int64_t most_seen, int threads) {
+    attend_tree_backward({q, q_row, k, k_row, v, v_row, kv_heads, group, dim, scale}, {slots, first, seen, tokens, most_seen},
+                         grad, out, grad_q, grad_k, grad_v, threads);
 }

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from coterie.lm.adapter import Cast, Segment
 from coterie.lm.native.build import find_library
+from coterie.lm.native.operands import Outer, OuterJob, Panels, Ranges, Sights, Summary
 
 _P, _N, _F, _I = c_void_p, c_int64, c_float, c_int
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -31,8 +29,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "swiglu_backward": (_P, _P, _N, _P, _N, _P, _P, _N, _N, _I),
     "attend": (_P, _N, _P, _N, _P, _N, _P, _P, _N, _P, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
     "add_low_rank": (_P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _P, _N, _N, _N, _P, _I),
+    "low_rank_gradients": (_P, _N, _I),
     "summarise": (_P, _N, _N, _P, _P, _P, _P, _P, _P, _I),
-    "softmax_backward": (_P, _N, _N, _P, _P, _P, _P, _P, _P, _I),
+    "softmax_backward": (_P, _N, _N, _P, _P, _P, _P, _P, _I),
     "masked_softmax": (_P, _P, _F, _N, _N, _N, _I),
     "softmax_scores_backward": (_P, _P, _P, _P, _F, _N, _N, _N, _I),
     "pick": (_P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N),
@@ -40,78 +39,14 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 _FLOAT32: dict[str, tuple[Any, ...]] = {
     "pack_panels": (_P, _N, _N, _N, _N, _P, _I),
     "product": (_P, _P, _P, _N, _P, _P, _N, _N, _P, _I),
+    "attend_tree": (_P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
+    "attend_tree_backward": (_P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
 }
+_GROUPS = (1, 2, 3, 4, 7, 8)
+"""Query heads of a key head that attention within a pass is compiled for."""
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _CHUNK = 256
 """As in kernels.cpp."""
-
-
-class Addresses:
-    """Where the factors of some adapters lie, for layers that are asked for together; true while `are` says so."""
-
-    def __init__(self, factors: Sequence[Cast]) -> None:
-        self._factors = [ref(cast) for cast in factors]
-        self._found: dict[tuple[str, ...], tuple[Any, Any]] = {}
-
-    def are(self, factors: Sequence[Cast]) -> bool:
-        """Whether these are the addresses of `factors`."""
-        same = len(self._factors) == len(factors)
-        return same and all(known() is cast for known, cast in zip(self._factors, factors, strict=True))
-
-    def of(self, names: tuple[str, ...]) -> tuple[Any, Any]:
-        """Arrays of the addresses of A and of B transposed: of each layer for every adapter."""
-        found = self._found.get(names)
-        if found is None:
-            casts = [cast for cast in (known() for known in self._factors) if cast is not None]
-            places = c_void_p * (len(names) * len(self._factors))
-            pairs = [cast[name] for name in names for cast in casts]
-            a, b = places(*(a.data_ptr() for a, _ in pairs)), places(*(b.data_ptr() for _, b in pairs))
-            found = self._found[names] = a, b
-        return found
-
-
-class Ranges:
-    """Ranges of tokens and the adapters they go through, as `Kernels.add_low_rank` takes them."""
-
-    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, known: Addresses | None = None) -> None:
-        """`known`: those of earlier ranges, used again if they are of the same adapters."""
-        self._factors = [adapter.factors(dtype) for adapter, _, _ in segments]  # kept, so that addresses stay true
-        self.addresses = known if known is not None and known.are(self._factors) else Addresses(self._factors)
-        self.segments = tuple(segments)
-        self.count = count = len(segments)
-        self.ranks = (c_int64 * count)(*(adapter.rank for adapter, _, _ in segments))
-        self.scales = (c_float * count)(*(adapter.scaling for adapter, _, _ in segments))
-        self.starts = (c_int64 * count)(*(start for _, start, _ in segments))
-        self.ends = (c_int64 * count)(*(end for _, _, end in segments))
-        self.most_rank = max(adapter.rank for adapter, _, _ in segments)
-        self.sizes = [(end - start, adapter.rank) for adapter, start, end in segments]
-
-
-@dataclass(frozen=True, slots=True)
-class Panels:
-    """A frozen matrix (out, size), and what is added to its products, in the order `Kernels.product` reads them in."""
-
-    data: Tensor
-    out: int
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What normalises rows of logits, (n,) each."""
-
-    sharpness: Tensor
-    """float32: one over the temperature."""
-    most: Tensor
-    """float32: the largest logit."""
-    log_z: Tensor
-    """float64: log of the sum of exp(sharpness * (logit - most))."""
-    entropy: Tensor
-    """float64, nats."""
-    chunks: Tensor
-    """float64 (n, chunks): parts of that sum."""
-    best: Tensor
-    """int64: where the largest logit is."""
 
 
 class Kernels:
@@ -161,6 +96,7 @@ class Kernels:
     _swiglu_backward: Any
     _attend: Any
     _add_low_rank: Any
+    _low_rank_gradients: Any
     _summarise: Any
     _softmax_backward: Any
     _masked_softmax: Any
@@ -168,6 +104,8 @@ class Kernels:
     _pick: Any
     _pack_panels: Any
     _product: Any
+    _attend_tree: Any
+    _attend_tree_backward: Any
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> Tensor:
         """x / sqrt(mean x^2 + eps) * weight of rows (n, size); `inverse` (n,) float32 receives the first factor."""
@@ -228,7 +166,7 @@ class Kernels:
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pool_k: Tensor, pool_v: Tensor,
-        own: Tensor, slots: Tensor, first: Tensor, seen: Tensor, most_seen: int, scale: float,
+        own: Tensor, see: Sights, scale: float,
     ) -> Tensor:  # fmt: skip
         """Put the tokens' keys, turned, and values into a cache, and let every token ask the keys it sees.
 
@@ -236,9 +174,8 @@ class Kernels:
             q: (n, heads, dim), not turned yet; k and v (n, kv_heads, dim).
             cos: as for `rotate`, and `sin`.
             pool_k: (kv_heads, slots, dim) contiguous, and `pool_v`.
-            own: int32 (n,): the slot of each token.
-            slots: int32: what tokens see, one list after another; token t sees `seen[t]` from `first[t]` on.
-            most_seen: the largest of `seen`, int32 (n,); `first` is int64 (n,).
+            own: int64 (n,): the slot of each token.
+            see: slots.
 
         Returns:
             (n, heads * dim)
@@ -247,10 +184,9 @@ class Kernels:
         kv_heads = k.shape[1]
         out = q.new_empty(tokens, heads * dim)
         self._attend(
-            q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
-            cos.data_ptr(), sin.data_ptr(), cos.stride(0), pool_k.data_ptr(), pool_v.data_ptr(), pool_k.stride(0),
-            own.data_ptr(), slots.data_ptr(), first.data_ptr(), seen.data_ptr(), out.data_ptr(),
-            tokens, kv_heads, heads // kv_heads, dim, scale, most_seen, torch.get_num_threads(),
+            *_heads(q, k, v), cos.data_ptr(), sin.data_ptr(), cos.stride(0), pool_k.data_ptr(), pool_v.data_ptr(),
+            pool_k.stride(0), own.data_ptr(), *_lists(see), out.data_ptr(),
+            tokens, kv_heads, heads // kv_heads, dim, scale, see.most, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -282,6 +218,11 @@ class Kernels:
             (c_void_p * len(kept))(*(inner.data_ptr() for inner in kept)) if keep else None, torch.get_num_threads(),
         )  # fmt: skip
         return kept
+
+    def low_rank_gradients(self, sums: Sequence[Outer]) -> None:
+        """Add every sum to where it belongs."""
+        jobs = (OuterJob * len(sums))(*(one.described() for one in sums))
+        self._low_rank_gradients(jobs, len(sums), torch.get_num_threads())
 
     def sample(
         self, logits: Tensor, rows: Sequence[int], uniforms: Sequence[float], temperatures: Sequence[float]
@@ -322,15 +263,14 @@ class Kernels:
                         torch.get_num_threads())  # fmt: skip
         return told
 
-    def softmax_backward(self, logits: Tensor, told: Summary, alpha: Tensor, beta: Tensor) -> Tensor:
-        """sharpness * p * (alpha + beta * log p) of every row, with p the probabilities `told` is of; alpha and beta
-        float32 (n,)."""
-        out = torch.empty_like(logits)
+    def softmax_backward_(self, logits: Tensor, told: Summary, alpha: Tensor, beta: Tensor) -> Tensor:
+        """sharpness * p * (alpha + beta * log p) of every row, with p the probabilities `told` is of, written over the
+        logits; alpha and beta float32 (n,)."""
         n, size = logits.shape
         self._softmax_backward(logits.data_ptr(), n, size, told.sharpness.data_ptr(), told.most.data_ptr(),
-                               told.log_z.data_ptr(), alpha.data_ptr(), beta.data_ptr(), out.data_ptr(),
+                               told.log_z.data_ptr(), alpha.data_ptr(), beta.data_ptr(),
                                torch.get_num_threads())  # fmt: skip
-        return out
+        return logits
 
     def masked_softmax(self, scores: Tensor, visible: Tensor, scale: float) -> Tensor:
         """softmax(scale * scores) over the visible keys, in place; scores (heads, n, keys), visible bool (n, keys)."""
@@ -344,6 +284,36 @@ class Kernels:
         keys, dim = weights.shape[-1], out.shape[-1]
         self._softmax_scores_backward(spread.data_ptr(), weights.data_ptr(), grad.data_ptr(), out.data_ptr(), scale,
                                       weights.numel() // keys, keys, dim, torch.get_num_threads())  # fmt: skip
+
+    def attends_trees(self, heads: int, kv_heads: int, dim: int) -> bool:
+        """Whether `attend_tree` and its way back are made for such heads."""
+        return self.dtype == torch.float32 and heads // kv_heads in _GROUPS and dim % 16 == 0
+
+    def attend_tree(self, q: Tensor, k: Tensor, v: Tensor, see: Sights, scale: float) -> Tensor:
+        """Attention among the tokens of a pass, which stand in depth-first order of their prefix tree.
+
+        Args:
+            q: (n, heads, dim); k and v (n, kv_heads, dim); heads of a token side by side.
+            see: tokens.
+
+        Returns:
+            (n, heads, dim)
+        """
+        out = torch.empty(q.shape)
+        self._attend_tree(*_heads(q, k, v), *_lists(see), out.data_ptr(), *_sizes(q, k), scale, see.most,
+                          torch.get_num_threads())  # fmt: skip
+        return out
+
+    def attend_tree_backward(
+        self, grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, see: Sights, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients at q, k and v, given that at `out`, what `attend_tree` made of them; both contiguous."""
+        grad_q, grad_k, grad_v = torch.empty(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
+        self._attend_tree_backward(
+            *_heads(q, k, v), *_lists(see), grad.data_ptr(), out.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(),
+            grad_v.data_ptr(), *_sizes(q, k), scale, see.most, torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v
 
     def panels(self, weight: Tensor, bias: Tensor | None = None) -> Panels:
         """Lay out a matrix (out, size) of any strides, and a bias (out,), where `panel` is not 0."""
@@ -369,6 +339,23 @@ class Kernels:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+def _heads(*parts: Tensor) -> Iterator[int]:
+    """Where each of (n, heads, dim) begins, and how far its rows are apart."""
+    for part in parts:
+        yield part.data_ptr()
+        yield part.stride(0)
+
+
+def _lists(see: Sights) -> tuple[int, int, int]:
+    return see.slots.data_ptr(), see.first.data_ptr(), see.seen.data_ptr()
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """Tokens, key heads, query heads of each, and their dimension."""
+    tokens, heads, dim = q.shape
+    return tokens, k.shape[1], heads // k.shape[1], dim
 
 
 def _address(tensor: Tensor | None) -> int | None:

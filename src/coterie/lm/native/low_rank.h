@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <algorithm>
+#include <utility>
+
 #include "wide.h"
 
 namespace {
@@ -102,6 +105,79 @@ void add_low_rank(const T* x, int64_t x_row, T* const* out, const int64_t* out_r
                                               : low_rank<T, 4>;
                 run(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner, keep);
             }
+    }
+}
+
+// -- gradients of the factors -------------------------------------------------------------------------------------------
+
+// sum over `tokens` of scale left[t][j] x[t][i], to be added to to[j][i], or to[i][j] if it stands transposed.
+template <class T> struct Outer {
+    const T* left;  // (tokens, rank)
+    const T* x;     // rows x_row apart, of `size`
+    float* to;
+    int64_t rank, x_row, tokens, size, transposed;
+    float scale;
+};
+
+constexpr int64_t OUTER_WIDTH = 2 * WIDE, OUTER_RANKS = SUMS / 3, OUTER_TOKENS = 128;
+
+// R rows of the sum, over N tokens whose slices of x lie side by side
+template <int R>
+inline void outer_tile(const float* left, int64_t left_row, const float* x, int64_t tokens, float* to) {
+    floats sums[R][2] = {};
+    for (int64_t t = 0; t < tokens; t++) {
+        const floats a = load_wide(x + t * OUTER_WIDTH), b = load_wide(x + t * OUTER_WIDTH + WIDE);
+        for (int r = 0; r < R; r++) {
+            sums[r][0] += left[t * left_row + r] * a;
+            sums[r][1] += left[t * left_row + r] * b;
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        store_wide(to + r * OUTER_WIDTH, load_wide(to + r * OUTER_WIDTH) + sums[r][0]);
+        store_wide(to + r * OUTER_WIDTH + WIDE, load_wide(to + r * OUTER_WIDTH + WIDE) + sums[r][1]);
+    }
+}
+
+// Columns [at, at + OUTER_WIDTH) of one sum; scratch: OUTER_TOKENS slices of x and rows of `left`, then (rank, OUTER_WIDTH).
+template <class T> void outer_slice(const Outer<T>& job, int64_t at, float* scratch) {
+    const int64_t wide = std::min(OUTER_WIDTH, job.size - at), rank = job.rank;
+    float *slice = scratch, *left = slice + OUTER_TOKENS * OUTER_WIDTH, *sum = left + OUTER_TOKENS * rank;
+    std::fill(sum, sum + rank * OUTER_WIDTH, 0.0f);
+    for (int64_t begin = 0; begin < job.tokens; begin += OUTER_TOKENS) {
+        // rows of x are far apart, at distances that caches are bad at
+        const int64_t tokens = std::min(OUTER_TOKENS, job.tokens - begin);
+        for (int64_t t = 0; t < tokens; t++) {
+            const T* row = job.x + (begin + t) * job.x_row + at;
+            for (int64_t i = 0; i < wide; i++) slice[t * OUTER_WIDTH + i] = load(row[i]);
+            for (int64_t i = wide; i < OUTER_WIDTH; i++) slice[t * OUTER_WIDTH + i] = 0.0f;
+        }
+        for (int64_t i = 0; i < tokens * rank; i++) left[i] = load(job.left[begin * rank + i]);
+        int64_t j = 0;
+        for (; j + OUTER_RANKS <= rank; j += OUTER_RANKS)
+            outer_tile<OUTER_RANKS>(left + j, rank, slice, tokens, sum + j * OUTER_WIDTH);
+        for (; j < rank; j++) outer_tile<1>(left + j, rank, slice, tokens, sum + j * OUTER_WIDTH);
+    }
+    if (job.transposed) {
+        for (int64_t i = 0; i < wide; i++)
+            for (int64_t j = 0; j < rank; j++) job.to[(at + i) * rank + j] += job.scale * sum[j * OUTER_WIDTH + i];
+    } else {
+        for (int64_t j = 0; j < rank; j++)
+            for (int64_t i = 0; i < wide; i++) job.to[j * job.size + at + i] += job.scale * sum[j * OUTER_WIDTH + i];
+    }
+}
+
+template <class T> void outer(const Outer<T>* jobs, int64_t count, int threads) {
+    std::vector<std::pair<int64_t, int64_t>> pieces;
+    int64_t most_rank = 0;
+    for (int64_t n = 0; n < count; n++) {
+        most_rank = std::max(most_rank, jobs[n].rank);
+        for (int64_t at = 0; at < jobs[n].size; at += OUTER_WIDTH) pieces.push_back({n, at});
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scratch(OUTER_TOKENS * (OUTER_WIDTH + most_rank) + most_rank * OUTER_WIDTH);
+#pragma omp for schedule(dynamic, 8)
+        for (size_t p = 0; p < pieces.size(); p++) outer_slice(jobs[pieces[p].first], pieces[p].second, scratch.data());
     }
 }
 

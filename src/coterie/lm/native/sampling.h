@@ -83,17 +83,16 @@ void pick(const T* logits, int64_t size, const float* sharpness, const double* l
 // The gradient at logits whose rows' log-probabilities lp and entropy were asked for: sharpness p (alpha + beta lp); what
 // single tokens add is the caller's. May be written over the logits.
 template <class T>
-void softmax_backward(const T* logits, int64_t rows, int64_t size, const float* sharpness, const float* most,
-                      const double* log_z, const float* alpha, const float* beta, T* out, int threads) {
+void softmax_backward(T* logits, int64_t rows, int64_t size, const float* sharpness, const float* most,
+                      const double* log_z, const float* alpha, const float* beta, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const T* row = logits + r * size;
-        T* to = out + r * size;
+        T* row = logits + r * size;
         float high = most[r], sharp = sharpness[r], log_sum = float(log_z[r]), a = alpha[r], b = beta[r];
 #pragma omp simd
         for (int64_t i = 0; i < size; i++) {
             float lp = (load(row[i]) - high) * sharp - log_sum;
-            store(to[i], sharp * quick_exp(lp) * (a + b * (lp < -1e4f ? -1e4f : lp)));
+            store(row[i], sharp * quick_exp(lp) * (a + b * (lp < -1e4f ? -1e4f : lp)));
         }
     }
 }
