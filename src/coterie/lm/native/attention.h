@@ -9,16 +9,6 @@ namespace {
 
 // -- attention of cached keys -----------------------------------------------------------------------------------------
 
-// sum + a * b of STEP numbers. Of bfloat16, some processors add up pairs of products without widening them first.
-template <class T> constexpr int64_t STEP = WIDE;
-template <class T> inline floats multiply_add(floats sum, const T* a, const T* b) { return sum + load_wide(a) * load_wide(b); }
-#ifdef __AVX512BF16__
-template <> constexpr int64_t STEP<bf16> = 32;
-inline floats multiply_add(floats sum, const bf16* a, const bf16* b) {
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
-}
-#endif
-
 // Keys or values of one head: that of a slot begins at data + slot * row.
 template <class T> struct Pool {
     const T* data;

@@ -9,68 +9,63 @@
 
 namespace {
 
-constexpr int64_t TOGETHER = 4;  // tokens for which a row of B is read once
+constexpr int64_t TOGETHER = 4;  // tokens for which rows of A and B are read once
 
-// x A^T of N tokens, for one row of A
-template <int N> inline void against_row(const float* x, int64_t x_row, const float* row, int64_t size, float* out) {
-    floats sums[N] = {};
+// x A^T of N tokens, for R rows of A: that of token t and row r goes to out[r * N + t]
+template <class T, int R, int N>
+inline void against_rows(const T* x, int64_t x_row, const T* rows, int64_t size, float* out) {
+    floats sums[R][N] = {};
     int64_t i = 0;
-    for (; i + WIDE <= size; i += WIDE)
-        for (int t = 0; t < N; t++) sums[t] += load_wide(row + i) * load_wide(x + t * x_row + i);
-    for (int t = 0; t < N; t++) {
-        float sum = sum_of(sums[t]);
-        for (int64_t at = i; at < size; at++) sum += row[at] * x[t * x_row + at];
-        out[t] = sum;
-    }
-}
-template <int N> inline void against_row(const bf16* x, int64_t x_row, const bf16* row, int64_t size, float* out) {
-    int64_t i = 0;
-    for (int t = 0; t < N; t++) out[t] = 0.0f;
-#ifdef __AVX512BF16__
-    __m512 sums[N] = {};
-    for (; i + 32 <= size; i += 32) {
-        __m512bh wide = (__m512bh)_mm512_loadu_si512(row + i);
+    for (; i + STEP<T> <= size; i += STEP<T>)
         for (int t = 0; t < N; t++)
-            sums[t] = _mm512_dpbf16_ps(sums[t], wide, (__m512bh)_mm512_loadu_si512(x + t * x_row + i));
+            for (int r = 0; r < R; r++) sums[r][t] = multiply_add(sums[r][t], rows + r * size + i, x + t * x_row + i);
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < N; t++) {
+            float sum = sum_of(sums[r][t]);
+            for (int64_t at = i; at < size; at++) sum += load(rows[r * size + at]) * load(x[t * x_row + at]);
+            out[r * N + t] = sum;
+        }
+}
+
+// out += inner B of N tokens, PARTS registers at a time from column `from` on, as far as they go; returns how far
+template <class T, int N, int PARTS>
+inline int64_t add_rows(const float* inner, const T* b, int64_t rank, int64_t fan_out, int64_t from, T* out, int64_t out_row) {
+    int64_t o = from;
+    for (; o + PARTS * WIDE <= fan_out; o += PARTS * WIDE) {
+        floats sums[N][PARTS];
+        for (int t = 0; t < N; t++)
+            for (int i = 0; i < PARTS; i++) sums[t][i] = load_wide(out + t * out_row + o + i * WIDE);
+        for (int64_t j = 0; j < rank; j++)
+            for (int i = 0; i < PARTS; i++) {
+                const floats part = load_wide(b + j * fan_out + o + i * WIDE);
+                for (int t = 0; t < N; t++) sums[t][i] += inner[j * N + t] * part;
+            }
+        for (int t = 0; t < N; t++)
+            for (int i = 0; i < PARTS; i++) store_wide(out + t * out_row + o + i * WIDE, sums[t][i]);
     }
-    for (int t = 0; t < N; t++) out[t] = _mm512_reduce_add_ps(sums[t]);
-#else
-    floats sums[N] = {};
-    for (; i + WIDE <= size; i += WIDE)
-        for (int t = 0; t < N; t++) sums[t] += load_wide(row + i) * load_wide(x + t * x_row + i);
-    for (int t = 0; t < N; t++) out[t] = sum_of(sums[t]);
-#endif
-    for (; i < size; i++)
-        for (int t = 0; t < N; t++) out[t] += load(row[i]) * load(x[t * x_row + i]);
+    return o;
 }
 
 // out += scale (x A^T) B of N tokens; A (rank, fan_in), B (rank, fan_out). Where `kept` is not null, x A^T goes there.
 template <class T, int N>
 void low_rank(const T* x, int64_t x_row, T* out, int64_t out_row, const T* a, const T* b, int64_t rank, int64_t fan_in,
               int64_t fan_out, float scale, float* inner, T* kept) {
-    for (int64_t j = 0; j < rank; j++) {
-        against_row<N>(x, x_row, a + j * fan_in, fan_in, inner + j * N);
+    int64_t j = 0;
+    for (; j + 2 <= rank; j += 2) against_rows<T, 2, N>(x, x_row, a + j * fan_in, fan_in, inner + j * N);
+    if (j < rank) against_rows<T, 1, N>(x, x_row, a + j * fan_in, fan_in, inner + j * N);
+    for (j = 0; j < rank; j++)
         for (int t = 0; t < N; t++) {
             T narrow;
             store(narrow, inner[j * N + t]);
             if (kept) kept[t * rank + j] = narrow;
             inner[j * N + t] = load(narrow) * scale;
         }
-    }
-    int64_t o = 0;
-    for (; o + WIDE <= fan_out; o += WIDE) {
-        floats sums[N];
-        for (int t = 0; t < N; t++) sums[t] = load_wide(out + t * out_row + o);
-        for (int64_t j = 0; j < rank; j++) {
-            floats row = load_wide(b + j * fan_out + o);
-            for (int t = 0; t < N; t++) sums[t] += inner[j * N + t] * row;
-        }
-        for (int t = 0; t < N; t++) store_wide(out + t * out_row + o, sums[t]);
-    }
+    int64_t o = add_rows<T, N, 2>(inner, b, rank, fan_out, 0, out, out_row);
+    o = add_rows<T, N, 1>(inner, b, rank, fan_out, o, out, out_row);
     for (; o < fan_out; o++)
         for (int t = 0; t < N; t++) {
             float sum = load(out[t * out_row + o]);
-            for (int64_t j = 0; j < rank; j++) sum += inner[j * N + t] * load(b[j * fan_out + o]);
+            for (j = 0; j < rank; j++) sum += inner[j * N + t] * load(b[j * fan_out + o]);
             store(out[t * out_row + o], sum);
         }
 }
@@ -119,12 +114,14 @@ template <class T> struct Outer {
     float scale;
 };
 
-constexpr int64_t OUTER_WIDTH = 2 * WIDE, OUTER_RANKS = SUMS / 3, OUTER_TOKENS = 128;
+constexpr int64_t OUTER_WIDTH = 4 * WIDE, OUTER_RANKS = SUMS / 3, OUTER_TOKENS = 128;
 
-// R rows of the sum, over N tokens whose slices of x lie side by side
+// R rows and two registers of the sum, over tokens whose slices of x follow each other
 template <int R>
 inline void outer_tile(const float* left, int64_t left_row, const float* x, int64_t tokens, float* to) {
-    floats sums[R][2] = {};
+    floats sums[R][2];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < 2; i++) sums[r][i] = load_wide(to + r * OUTER_WIDTH + i * WIDE);
     for (int64_t t = 0; t < tokens; t++) {
         const floats a = load_wide(x + t * OUTER_WIDTH), b = load_wide(x + t * OUTER_WIDTH + WIDE);
         for (int r = 0; r < R; r++) {
@@ -132,30 +129,39 @@ inline void outer_tile(const float* left, int64_t left_row, const float* x, int6
             sums[r][1] += left[t * left_row + r] * b;
         }
     }
-    for (int r = 0; r < R; r++) {
-        store_wide(to + r * OUTER_WIDTH, load_wide(to + r * OUTER_WIDTH) + sums[r][0]);
-        store_wide(to + r * OUTER_WIDTH + WIDE, load_wide(to + r * OUTER_WIDTH + WIDE) + sums[r][1]);
-    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < 2; i++) store_wide(to + r * OUTER_WIDTH + i * WIDE, sums[r][i]);
+}
+
+inline const float* widened(const float* x, int64_t, float*) { return x; }
+inline const float* widened(const bf16* x, int64_t count, float* scratch) {
+    for (int64_t i = 0; i < count; i++) scratch[i] = load(x[i]);
+    return scratch;
 }
 
 // Columns [at, at + OUTER_WIDTH) of one sum; scratch: OUTER_TOKENS slices of x and rows of `left`, then (rank, OUTER_WIDTH).
 template <class T> void outer_slice(const Outer<T>& job, int64_t at, float* scratch) {
     const int64_t wide = std::min(OUTER_WIDTH, job.size - at), rank = job.rank;
-    float *slice = scratch, *left = slice + OUTER_TOKENS * OUTER_WIDTH, *sum = left + OUTER_TOKENS * rank;
+    float *slice = scratch, *room = slice + OUTER_TOKENS * OUTER_WIDTH, *sum = room + OUTER_TOKENS * rank;
+    std::fill(slice, slice + OUTER_TOKENS * OUTER_WIDTH, 0.0f);
     std::fill(sum, sum + rank * OUTER_WIDTH, 0.0f);
     for (int64_t begin = 0; begin < job.tokens; begin += OUTER_TOKENS) {
         // rows of x are far apart, at distances that caches are bad at
         const int64_t tokens = std::min(OUTER_TOKENS, job.tokens - begin);
         for (int64_t t = 0; t < tokens; t++) {
             const T* row = job.x + (begin + t) * job.x_row + at;
-            for (int64_t i = 0; i < wide; i++) slice[t * OUTER_WIDTH + i] = load(row[i]);
-            for (int64_t i = wide; i < OUTER_WIDTH; i++) slice[t * OUTER_WIDTH + i] = 0.0f;
+            if (wide == OUTER_WIDTH)
+                for (int64_t i = 0; i < OUTER_WIDTH; i += WIDE) store_wide(slice + t * OUTER_WIDTH + i, load_wide(row + i));
+            else
+                for (int64_t i = 0; i < wide; i++) slice[t * OUTER_WIDTH + i] = load(row[i]);
         }
-        for (int64_t i = 0; i < tokens * rank; i++) left[i] = load(job.left[begin * rank + i]);
-        int64_t j = 0;
-        for (; j + OUTER_RANKS <= rank; j += OUTER_RANKS)
-            outer_tile<OUTER_RANKS>(left + j, rank, slice, tokens, sum + j * OUTER_WIDTH);
-        for (; j < rank; j++) outer_tile<1>(left + j, rank, slice, tokens, sum + j * OUTER_WIDTH);
+        const float* left = widened(job.left + begin * rank, tokens * rank, room);
+        for (int64_t i = 0; i < OUTER_WIDTH; i += 2 * WIDE) {
+            int64_t j = 0;
+            for (; j + OUTER_RANKS <= rank; j += OUTER_RANKS)
+                outer_tile<OUTER_RANKS>(left + j, rank, slice + i, tokens, sum + j * OUTER_WIDTH + i);
+            for (; j < rank; j++) outer_tile<1>(left + j, rank, slice + i, tokens, sum + j * OUTER_WIDTH + i);
+        }
     }
     if (job.transposed) {
         for (int64_t i = 0; i < wide; i++)
