@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t PANEL = 2 * WIDE;
 constexpr int TILE = SUMS / 2;
+constexpr int64_t MOST_CHUNK = 8;
+constexpr int64_t LINE = 16;  // numbers in a line of a cache
 constexpr int64_t ROWS = 384;  // that are multiplied by one panel after another, and so should stay in a cache
 
 // x in parts that lie side by side: part i has sizes[i] columns and rows x_row[i] apart
@@ -23,8 +25,15 @@ struct Parts {
     int64_t count;
 };
 
+// What a tile brings nearer meanwhile: from `next` on, PANEL numbers every `every` steps; nothing, if that is null.
+struct Ahead {
+    const float* next;
+    int64_t every;
+};
+
 template <int N>
-void tile(const Parts& in, int64_t first, const float* panel, const float* bias, float* y, int64_t y_row, int64_t columns) {
+void tile(const Parts& in, int64_t first, const float* panel, const float* bias, float* y, int64_t y_row, int64_t columns,
+          Ahead ahead) {
     floats left[N], right[N];
     for (int n = 0; n < N; n++) {
         left[n] = bias ? load_wide(bias) : floats{};
@@ -33,11 +42,18 @@ void tile(const Parts& in, int64_t first, const float* panel, const float* bias,
     for (int64_t part = 0; part < in.count; part++) {
         const int64_t row = in.x_row[part], size = in.sizes[part];
         const float* x = in.x[part] + first * row;
-        for (int64_t k = 0; k < size; k++, panel += PANEL) {
-            const floats a = load_wide(panel), b = load_wide(panel + WIDE);
-            for (int n = 0; n < N; n++) {
-                left[n] += x[n * row + k] * a;
-                right[n] += x[n * row + k] * b;
+        for (int64_t k = 0; k < size;) {
+            const int64_t stop = ahead.next ? std::min(size, k + ahead.every) : size;
+            if (ahead.next) {
+                for (int64_t i = 0; i < PANEL; i += LINE) __builtin_prefetch(ahead.next + i, 0, 2);
+                ahead.next += PANEL;
+            }
+            for (; k < stop; k++, panel += PANEL) {
+                const floats a = load_wide(panel), b = load_wide(panel + WIDE);
+                for (int n = 0; n < N; n++) {
+                    left[n] += x[n * row + k] * a;
+                    right[n] += x[n * row + k] * b;
+                }
             }
         }
     }
@@ -54,7 +70,7 @@ void tile(const Parts& in, int64_t first, const float* panel, const float* bias,
     }
 }
 
-using Tile = void (*)(const Parts&, int64_t, const float*, const float*, float*, int64_t, int64_t);
+using Tile = void (*)(const Parts&, int64_t, const float*, const float*, float*, int64_t, int64_t, Ahead);
 
 template <int N> Tile tile_of(int64_t rows) {
     if constexpr (N == 1)
@@ -72,17 +88,25 @@ void product(const Parts& in, const float* panels, const float* bias, int64_t ro
     while (most > 8 * TILE * blocks && wide * blocks < 4 * threads) blocks *= 2;
     const int64_t together = (most + blocks - 1) / blocks;
     blocks = (rows + together - 1) / together;
-    // who is done takes the next piece: shared out beforehand, a thread that was interrupted keeps all others waiting
-#pragma omp parallel for num_threads(threads) if (size * out > PARALLEL) schedule(dynamic)
-    for (int64_t piece = 0; piece < blocks * wide; piece++) {
+    // who is done takes the next pieces: shared out beforehand, a thread that was interrupted keeps all others waiting
+    const int64_t pieces = blocks * wide, chunk = std::max<int64_t>(1, std::min<int64_t>(MOST_CHUNK, pieces / (8 * threads)));
+#pragma omp parallel for num_threads(threads) if (size * out > PARALLEL) schedule(dynamic, chunk)
+    for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t block = piece / wide, p = piece % wide, end = std::min(rows, (block + 1) * together);
         const float* panel = panels + p * PANEL * size;
         const int64_t columns = std::min(PANEL, out - p * PANEL);
         // tiles of nearly equal height
-        int64_t at = block * together, tiles = (end - at + TILE - 1) / TILE;
-        for (; tiles; tiles--) {
-            const int64_t height = (end - at + tiles - 1) / tiles;
-            tile_of<TILE>(height)(in, at, panel, bias ? bias + p * PANEL : nullptr, y + at * out + p * PANEL, out, columns);
+        const int64_t tiles = (end - block * together + TILE - 1) / TILE;
+        // few rows are done with a panel sooner than the next one is read from memory, so it is asked for meanwhile, a part
+        // by each tile
+        const bool more = tiles > 1 && piece + 1 < pieces;
+        const float* next = panels + (piece + 1) % wide * PANEL * size;
+        for (int64_t at = block * together, left = tiles; left; left--) {
+            const int64_t height = (end - at + left - 1) / left;
+            const Ahead ahead{more ? next : nullptr, tiles};
+            tile_of<TILE>(height)(in, at, panel, bias ? bias + p * PANEL : nullptr, y + at * out + p * PANEL, out, columns,
+                                  ahead);
+            next += size / tiles * PANEL;
             at += height;
         }
     }
