@@ -33,6 +33,12 @@ def agree(directory: Path) -> None:
     for shown in OBSERVATIONS:
         ids = theirs.render(shown)
         assert ours.render(shown) == ids
+        if "<|" not in shown.user:
+            messages = [{"role": "user", "content": shown.user}]
+            if shown.system:
+                messages.insert(0, {"role": "system", "content": shown.system})
+            text = theirs.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            assert theirs.tokenizer.encode(text + shown.prefix, add_special_tokens=False) == list(ids)
         choices = ("yes", "no", "蓝色")
         assert ours.encode_choices(shown, choices) == theirs.encode_choices(shown, choices)
         assert ours.decode(ids) == theirs.decode(ids)
@@ -53,6 +59,13 @@ def test_the_embedded_models_too() -> None:
         except BaseModelError:
             pytest.skip(f"{name} is not fetched")
         agree(directory)
+
+
+def test_of_several_templates_it_takes_the_default(tiny_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    expected = TokenizerChat(tokenizer).render(OBSERVATIONS[0])
+    tokenizer.chat_template = {"tool_use": "{{ raise_exception('not this one') }}", "default": tokenizer.chat_template}
+    assert TokenizerChat(tokenizer).render(OBSERVATIONS[0]) == expected
 
 
 def test_bytes_stand_in_for_a_base_that_is_not_there() -> None:

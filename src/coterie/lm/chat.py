@@ -8,6 +8,7 @@ from typing import Any
 from unicodedata import east_asian_width
 
 from coterie.errors import BaseModelError
+from coterie.lm.template import ChatTemplate
 from coterie.types import Observation
 
 
@@ -21,6 +22,12 @@ class TokenizerChat:
                 "the base model's tokenizer has no chat template; use an instruct model, or add chat_template.jinja"
             )
         self.tokenizer = tokenizer
+        named = tokenizer.chat_template
+        # transformers' own way to the same text takes three times as long
+        self._template = ChatTemplate(
+            named["default"] if isinstance(named, dict) else named,
+            {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        )
         # asked directly: transformers hands a single text to a pool of threads, which costs more than the work
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -36,8 +43,7 @@ class TokenizerChat:
     def _render(self, observation: Observation) -> tuple[int, ...]:
         messages = [{"role": "system", "content": self._plain(observation.system)}] if observation.system else []
         messages.append({"role": "user", "content": self._plain(observation.user)})
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self._encode(text + self._plain(observation.prefix))
+        return self._encode(self._template.render(messages, answer=True) + self._plain(observation.prefix))
 
     def _plain(self, text: str) -> str:
         # advice and task files are untrusted: a special token in them must not open or close a message

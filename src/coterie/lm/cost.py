@@ -21,6 +21,8 @@ from typing import Any, Self
 
 import torch
 
+from coterie.lm.native.kernels import kernels_for
+
 Policy = str | None
 """Who a token is computed for; None: the bare base. The prefix trees of two policies share nothing."""
 
@@ -182,7 +184,8 @@ def _rank_tokens(work: Work, adapters: Adapters) -> int:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
-    """Floating-point operations a second of large matrix products here and now: the best of several sizes.
+    """Floating-point operations a second of large matrix products here and now: the best of several sizes, and of
+    torch's products and ours.
 
     `seconds`: how long to measure, about. The best repetition counts: what is wanted is what the processor can do.
     """
@@ -191,8 +194,14 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) 
     for rows, inner, columns in sizes:
         a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
         out = torch.empty(rows, columns, dtype=dtype, device=device)
-        quickest = _quickest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / len(sizes))
-        best = max(best, 2.0 * rows * inner * columns / quickest)
+        ways = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]
+        kernels = kernels_for(dtype, device)
+        if kernels is not None and kernels.panel:
+            panels = kernels.panels(b.t())
+            ways.append(lambda a=a, kernels=kernels, panels=panels: kernels.product([a], panels))
+        for way in ways:
+            quickest = _quickest(way, device, seconds / len(sizes) / len(ways))
+            best = max(best, 2.0 * rows * inner * columns / quickest)
     return best
 
 

@@ -33,6 +33,7 @@ class PlainTokenizer:
         self.backend_tokenizer = tokenizer
         self._chat = ChatTemplate(template, special)
         self.chat_template = template
+        self.special_tokens_map = dict(special)
         self.eos_token_id = self.convert_tokens_to_ids(special.get("eos_token", ""))
         self.unk_token_id = self.convert_tokens_to_ids(special.get("unk_token", ""))
         added: Mapping[int, Any] = tokenizer.get_added_tokens_decoder()
