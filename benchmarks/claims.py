@@ -28,6 +28,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from claims_file import CONFIGS, RESULTS, ROOT, ClaimFile, digest, read, write
@@ -108,7 +109,7 @@ def collect(folder: Path, claim: str) -> dict[str, Any]:
         curve[name] = [_rounded(r["metrics"].get(name), 4) for r in records]
     run = {
         "updates": len(records),
-        "training_seconds": round(sum(r["seconds"]["total"] for r in records), 1),
+        "training_seconds": training_seconds(records),
         "heldout": _rounded(heldout, 6),
         "curve": curve,
         "machine": machine(info["versions"]),
@@ -116,6 +117,18 @@ def collect(folder: Path, claim: str) -> dict[str, Any]:
     if claim == "tasks":
         run["updates_per_round"] = updates_per_round(config)
     return run
+
+
+STANDSTILL = 5.0
+"""Times the median from which an update counts as a median one."""
+
+
+def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    """Of a run's records: how long its updates took, without the time during which the machine was asleep or the run
+    suspended."""
+    seconds = [float(record["seconds"]["total"]) for record in records]
+    typical = median(seconds) if seconds else 0.0
+    return round(sum(typical if taken > STANDSTILL * typical else taken for taken in seconds), 1)
 
 
 def updates_per_round(config: Mapping[str, Any]) -> int:

@@ -344,7 +344,13 @@ def section(title: str, suite: SuiteResult, intro: str, shown: str, limits: str,
     rounds = len(suite.data["rounds"])
     found = [f"## {title}", intro + (f" {rounds} rounds." if rounds > 1 else ""), shown, limits]
     found.append("\n".join(verdict.text() for verdict in verdicts))
-    found.append("\n".join(f"- not measured: {name}: {why}" for name, why in suite.failed.items()))
+    timed = {entry.data["runner"] for entry in suite.entries if len(entry.runs) == rounds}
+    found.append(
+        "\n".join(
+            f"- {'not profiled' if name in timed else 'not measured'}: {name}: {why}"
+            for name, why in suite.failed.items()
+        )
+    )
     return "\n\n".join(part for part in found if part)
 
 

@@ -40,7 +40,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from claims import RunFailedError, Variant, machine, train
+from claims import RunFailedError, Variant, machine, train, training_seconds
 from claims_file import RESULTS, ROOT, ClaimFile, digest, read, write
 from keeping import ended_by_sigterm
 
@@ -121,7 +121,7 @@ class Series:
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "wall_seconds": round(json.loads(wall.read_text()), 1),
             "updates": len(records),
-            "training_seconds": round(sum(record["seconds"]["total"] for record in records), 1),
+            "training_seconds": training_seconds(records),
             "machine": machine(info["versions"]),
             "heldout": json.loads(done.read_text(encoding="utf-8")),
         }

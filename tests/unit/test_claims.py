@@ -222,3 +222,12 @@ def test_every_claim_is_of_a_shipped_config_that_trains_and_is_measured(claim: s
     assert config.models
     assert config.updates > 0
     assert config.evaluation.tasks > 0
+
+
+def test_a_run_that_was_suspended_did_not_train_meanwhile() -> None:
+    def records(*seconds: float) -> list[dict[str, dict[str, float]]]:
+        return [{"seconds": {"total": each}} for each in seconds]
+
+    assert claims.training_seconds(records(2.0, 3.0, 4.0, 14.9)) == 23.9
+    assert claims.training_seconds(records(2.0, 3.0, 4.0, 3.0, 1800.0)) == 15.0
+    assert claims.training_seconds([]) == 0.0

@@ -146,6 +146,13 @@ def test_generation_is_held_against_bare_transformers_vllm_and_itself() -> None:
     assert "- not measured: peft: no such wheel" in text
 
 
+def test_what_was_timed_in_every_round_may_still_lack_a_profile() -> None:
+    timed = {**update(1.0, 20.0), "failed": {"ours": "killed", "d": "too slow"}}
+    text = section(written({"update-small": timed}), "A whole update, short")
+    assert "- not profiled: ours: killed" in text
+    assert "- not measured: d: too slow" in text
+
+
 def test_a_profile_without_adapters_is_of_the_time_when_kernels_counted_as_python() -> None:
     entry = bench_read.Measured("x", {"profile": {"learning": {"matrix products": 3.0, "Python": 1.0}}, "runs": []}, [])
     assert entry.profile("learning") == {"matrix products": 0.75, "Python and compiled kernels": 0.25}
