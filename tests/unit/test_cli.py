@@ -158,31 +158,34 @@ def test_bugs_keep_their_trace(run: RunDirectory, monkeypatch: pytest.MonkeyPatc
 # -- quick and light ----------------------------------------------------------------------------------------------
 
 
+def in_a_new_process(code: str) -> str:
+    """What code that calls the command (`app`, `CliRunner`) prints, where nothing was imported before."""
+    code = "import sys; from typer.testing import CliRunner; from coterie.cli.main import app\n" + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_bad_config_is_found_before_anything_heavy_is_imported(config: Path) -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from coterie.cli.main import app\n"
         f"result = CliRunner().invoke(app, ['train', {str(config)!r}, '--set', 'credit.options.x=1'])\n"
         "assert result.exit_code == 2, result.output\n"
         "heavy = {'torch', 'transformers', 'numpy', 'coterie.environment'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
+    in_a_new_process(code)
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["eval"], ["play"], ["models"]])
 def test_help_imports_little(arguments: list[str]) -> None:
     """Nearly all the time of `--help` is imports: about 300 modules, most of them Python's own, none heavy."""
     code = (
-        "import sys; from typer.testing import CliRunner; from coterie.cli.main import app\n"
         f"result = CliRunner().invoke(app, {[*arguments, '--help']!r})\n"
         "assert result.exit_code == 0, result.output\n"
         "assert 'Usage: coterie' in result.output, result.output\n"
         "print(*sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    imported = done.stdout.split()
+    imported = in_a_new_process(code).split()
     heavy = {"torch", "transformers", "numpy", "aiohttp", "rich", "coterie.environment", "coterie.training"}
     assert not heavy & set(imported)
     assert len(imported) < 400

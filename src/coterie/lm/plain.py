@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from coterie.errors import BaseModelError
-from coterie.lm.template import ChatTemplate, Message, template_of
+from coterie.lm.template import ChatTemplate, template_of
 from coterie.lm.tiny import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, TURN_START, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PlainTokenizer:
             BaseModelError: the template is empty or cannot be read.
         """
         self.backend_tokenizer = tokenizer
-        self._chat = ChatTemplate(template, special)
+        ChatTemplate(template, special)  # refused here, before anybody asks for a prompt
         self.chat_template = template
         self.special_tokens_map = dict(special)
         self.eos_token_id = self.convert_tokens_to_ids(special.get("eos_token", ""))
@@ -52,12 +52,6 @@ class PlainTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, white space kept."""
         return str(self.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-
-    def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, tokenize: Literal[False] = False
-    ) -> str:
-        """The chat's text. Raises `BaseModelError` when the template refuses it."""
-        return self._chat.render(messages, add_generation_prompt)
 
 
 def read_tokenizer(directory: Path) -> PlainTokenizer:

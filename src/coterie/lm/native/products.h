@@ -14,9 +14,9 @@ namespace {
 
 constexpr int64_t PANEL = 2 * WIDE;
 constexpr int TILE = SUMS / 2;
-constexpr int64_t MOST_CHUNK = 8;
-constexpr int64_t LINE = 16;  // numbers in a line of a cache
-constexpr int64_t ROWS = 384;  // that are multiplied by one panel after another, and so should stay in a cache
+constexpr int64_t MOST_CHUNK = 8;  // panels a thread takes at a time: what it asks for ahead is mostly its own
+constexpr int64_t LINE = 16;       // numbers in a line of a cache
+constexpr int64_t ROWS = 384;      // that are multiplied by one panel after another, and so should stay in a cache
 
 // x in parts that lie side by side: part i has sizes[i] columns and rows x_row[i] apart
 struct Parts {

@@ -81,7 +81,7 @@ void pick(const T* logits, int64_t size, const float* sharpness, const double* l
 }
 
 // The gradient at logits whose rows' log-probabilities lp and entropy were asked for: sharpness p (alpha + beta lp); what
-// single tokens add is the caller's. May be written over the logits.
+// single tokens add is the caller's. Written over the logits.
 template <class T>
 void softmax_backward(T* logits, int64_t rows, int64_t size, const float* sharpness, const float* most,
                       const double* log_z, const float* alpha, const float* beta, int threads) {
