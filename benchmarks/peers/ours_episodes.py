@@ -16,6 +16,7 @@ import cProfile
 import pstats
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ class NoLearner:
     """Takes the batch and does nothing with it."""
 
     keep_zero = False
+
+    def listening(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def step(self, batch: Any, update: int) -> LearnerStats:
         return LearnerStats({model_id: StepStats() for model_id in batch.policies})

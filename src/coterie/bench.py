@@ -57,7 +57,7 @@ _SAMPLING = re.compile(
 )
 _COPIES = re.compile(
     r"aten::(copy_|clone|contiguous|_to_copy|to|cat|stack|index.*|gather.*|scatter.*|embedding.*|fill_|zero_|zeros.*"
-    r"|new_zeros|masked_fill.*|repeat.*|constant_pad_nd|slice_backward|select_backward|as_strided.*)|coterie::pack_panels"
+    r"|new_zeros|masked_fill.*|repeat.*|constant_pad_nd|slice_backward|select_backward|as_strided.*)|coterie::(pack_panels|gather)"
 )
 _BORDER = "coterie: learning begins"
 

@@ -138,8 +138,9 @@ class TrainingLoop:
                 # changes which tokens are computed together; a resumed run starts empty, so every update does
                 await self.engine.publish(model.adapter, None)
         try:
-            playing = self._ahead.pop(number) if number in self._ahead else self._play(number)
-            episodes, failed = await playing
+            with self.learner.listening():
+                playing = self._ahead.pop(number) if number in self._ahead else self._play(number)
+                episodes, failed = await playing
             self._check_failures(number, episodes, failed)
         except CoterieError:  # nothing of this update was learned yet
             self._save()
@@ -219,6 +220,7 @@ class TrainingLoop:
         if self.calls is not None:
             metrics.update(self.calls())
         metrics["learn/packed_tokens"] = float(stats.packed_tokens)
+        metrics["learn/recalled_tokens"] = float(stats.recalled_tokens)
         metrics["learn/naive_tokens"] = float(stats.naive_tokens)
         every = self.config.evaluation.every
         if every and number % every == 0:

@@ -112,6 +112,8 @@ class Adapter:
                 store[shape.name] = leaf
 
         self._cast: tuple[torch.dtype, Cast] | None = None
+        self.changes = 0
+        """How often the weights changed."""
 
     def factors(self, dtype: torch.dtype) -> Cast:
         """A (rank, in) and B transposed (rank, out), both contiguous, of every layer, without gradient, in the base's
@@ -135,6 +137,7 @@ class Adapter:
     def touch(self) -> None:
         """The weights changed: copies of them are forgotten."""
         self._cast = None
+        self.changes += 1
 
     @property
     def scaling(self) -> float:

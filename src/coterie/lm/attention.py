@@ -27,8 +27,11 @@ from coterie.lm.native.operands import Sights
 class Plan(Protocol):
     """Which keys each packed token sees."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q (T, heads, dim), k and v (T, kv_heads, dim) of the packed tokens -> (T, heads, dim)."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None
+    ) -> Tensor:
+        """q (T, heads, dim), k and v (T, kv_heads, dim) of the packed tokens -> (T, heads, dim): `known`, if that was
+        computed before."""
         ...
 
 
@@ -53,12 +56,14 @@ class TreePlan:
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     """Additive masks by (block, dtype), filled at the first layer and used by all; where nothing is compiled."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None
+    ) -> Tensor:
         kernels = kernels_for(q.dtype, q.device)
         if kernels is not None and kernels.attends_trees(q.shape[1], k.shape[1], q.shape[2]):
-            listed: Tensor = _ListedAttention.apply(kernels, self.sights, q, k, v, scale)  # type: ignore[no-untyped-call]
+            listed: Tensor = _ListedAttention.apply(kernels, self.sights, q, k, v, scale, known)  # type: ignore[no-untyped-call]
             return listed
-        out: Tensor = _TreeAttention.apply(self, q, k, v, scale)  # type: ignore[no-untyped-call]
+        out: Tensor = _TreeAttention.apply(self, q, k, v, scale, known)  # type: ignore[no-untyped-call]
         return out
 
     def mask(self, number: int, like: Tensor) -> Tensor:
@@ -94,18 +99,20 @@ class _ListedAttention(torch.autograd.Function):
     """Attention of every token to the tokens it sees, one by one; probabilities are computed again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, see: Sights, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, kernels: Kernels, see: Sights, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None
+    ) -> Tensor:
         q, k, v = (side_by_side(part) for part in (q, k, v))
-        out = kernels.attend_tree(q, k, v, see, scale)
+        out = kernels.attend_tree(q, k, v, see, scale) if known is None else known
         ctx.kernels, ctx.see, ctx.scale = kernels, see, scale
         ctx.save_for_backward(q, k, v, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor, None, None]:
         q, k, v, out = ctx.saved_tensors
         back = ctx.kernels.attend_tree_backward(grads[0].contiguous(), out, q, k, v, ctx.see, ctx.scale)
-        return None, None, *back, None
+        return None, None, *back, None, None
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -116,9 +123,11 @@ class _TreeAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: TreePlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for number, block in enumerate(plan.blocks):
+    def forward(
+        ctx: Any, plan: TreePlan, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None
+    ) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if known is None else known
+        for number, block in enumerate(plan.blocks if known is None else ()):
             queries = _by_key_head(q[block.start : block.end], k.shape[1])
             weights = _weights(plan, number, queries, _seen(block, k), scale)
             out[block.start : block.end] = _by_token(torch.bmm(weights, _seen(block, v)), block.end - block.start)
@@ -127,7 +136,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         (grad,) = grads
         q, k, v, out = ctx.saved_tensors
         plan, scale, kv_heads = ctx.plan, ctx.scale, k.shape[1]
@@ -151,7 +160,7 @@ class _TreeAttention(torch.autograd.Function):
             grad_q[block.start : block.end] = _by_token(torch.bmm(spread, keys), n)
             _add_slices(grad_k, block, torch.bmm(spread.transpose(1, 2), queries))
             _add_slices(grad_v, block, torch.bmm(weights.transpose(1, 2), asked))
-        return None, grad_q, grad_k, grad_v, None
+        return None, grad_q, grad_k, grad_v, None, None
 
 
 def _weights(plan: TreePlan, number: int, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -233,7 +242,9 @@ class CachePlan:
         assert see is not None
         return kernels.attend(q, k, v, cos, sin, self.keys[layer], self.values[layer], self.slots, see, scale)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None
+    ) -> Tensor:
         pool_k, pool_v = self.keys[layer], self.values[layer]
         pool_k.index_copy_(1, self.slots, k.transpose(0, 1))
         pool_v.index_copy_(1, self.slots, v.transpose(0, 1))

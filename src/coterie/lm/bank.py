@@ -43,6 +43,8 @@ class AdapterBank:
         self._pools: list[AdapterPool] = []
         self._training: dict[ModelId, Adapter] = {}
         self._versions: dict[ModelId, int] = {}
+        self._published: dict[ModelId, int] = {}
+        """`Adapter.changes` when the model was last published."""
         self._frozen: dict[AdapterVersion, Adapter] = {}
         self.targets = tuple(targets)
         first = _first_layer(model, layer_share)
@@ -79,6 +81,7 @@ class AdapterBank:
 
     def remove(self, model_id: ModelId) -> None:
         del self._training[model_id], self._versions[model_id]
+        self._published.pop(model_id, None)
 
     def training(self, model_id: ModelId) -> Adapter:
         """The adapter of a model in training."""
@@ -129,6 +132,13 @@ class AdapterBank:
             raise AdapterError(f"cannot publish {version.name}: no such model is in training")
         self._training[version.model_id].touch()  # whoever changed them may not have said so
         self._versions[version.model_id] = version.version
+        self._published[version.model_id] = self._training[version.model_id].changes
+
+    def standing(self, model_id: ModelId) -> AdapterVersion | None:
+        """The version whose weights the adapter in training still has; None: they changed since it was published."""
+        if self._published.get(model_id) != self._training[model_id].changes:
+            return None
+        return AdapterVersion(model_id, self._versions[model_id])
 
     def holds(self, version: AdapterVersion) -> bool:
         return version in self._frozen or self._versions.get(version.model_id) == version.version

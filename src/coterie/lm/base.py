@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coterie.config import BaseConfig
 from coterie.errors import BaseModelError
+from coterie.lm.activations import LayerActivations, Recalled
 from coterie.lm.adapter import Segment
 from coterie.lm.attention import Plan
 from coterie.lm.bank import AdapterBank
@@ -57,22 +58,39 @@ class BaseModel:
         self._decoder = Decoder(model, self.kernels)
         self._output = OutputMatrix(self.head)
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment]) -> Tensor:
-        """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,)."""
+    def hidden(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        plan: Plan,
+        segments: Sequence[Segment],
+        record: list[LayerActivations] | None = None,
+    ) -> Tensor:
+        """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,).
+
+        What the layers computed is appended to `record`.
+        """
         with self.bank.routing(segments):
-            return self._decoder(token_ids, positions, plan)
+            return self._decoder(token_ids, positions, plan, record=record)
 
     @contextmanager
     def trained(
-        self, token_ids: Tensor, positions: Tensor, plan: Plan, segments: Sequence[Segment], *, checkpoint: bool = False
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        plan: Plan,
+        segments: Sequence[Segment],
+        *,
+        checkpoint: bool = False,
+        known: Recalled | None = None,
     ) -> Iterator[Tensor]:
         """The same, with gradients; the backward pass has to happen inside the context.
 
         With `checkpoint` each layer keeps only its input and is computed again on the way back, which needs the same
-        routing once more.
+        routing once more. Otherwise what is `known` of the same tokens under the same weights is not computed again.
         """
         with self.bank.routing(segments):
-            yield self._decoder(token_ids, positions, plan, checkpoint=checkpoint)
+            yield self._decoder(token_ids, positions, plan, checkpoint=checkpoint, known=known)
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all.

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.activations import SiLUActivation
 
+from coterie.lm.activations import LayerActivations, Recalled
 from coterie.lm.attention import CachePlan, Plan
 from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
@@ -96,24 +97,41 @@ class Layer:
             Norm.of(attention.k_norm, kernels) if per_head else None,
         )
 
-    def __call__(self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        x: Tensor,
+        more: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        plan: Plan,
+        known: LayerActivations | None = None,
+        record: list[LayerActivations] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states x + more (T, hidden), where `more` is what the layer before left to be added -> the same of
-        this layer. Without gradients x is written over."""
+        this layer. Without gradients x is written over. What is `known` is not computed again; what was computed is
+        appended to `record`."""
         x, normed = self.before_attention.of_sum(x, more)
-        x, normed = self.before_mlp.of_sum(x, self._mixed(self.asked(normed), cos, sin, plan))
-        (out,) = self.outer(self._gated(*self.inner(normed)))
-        return x, out
+        asked = self.asked(normed, known.asked if known is not None else None)
+        seen = self._seen(asked, cos, sin, plan, known.seen if known is not None else None)
+        (mixed,) = self.mixed(seen, [known.mixed] if known is not None else None)
+        x, normed = self.before_mlp.of_sum(x, mixed)
+        inner = self.inner(normed, known.inner if known is not None else None)
+        (outer,) = self.outer(self._gated(*inner), [known.outer] if known is not None else None)
+        if record is not None:
+            record.append(LayerActivations(asked, seen, mixed, inner, outer))
+        return x, outer
 
-    def _mixed(self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
+    def _seen(
+        self, asked: Sequence[Tensor], cos: Tensor, sin: Tensor, plan: Plan, known: Tensor | None
+    ) -> Tensor:
         """What attention makes of queries, keys and values."""
-        q, k, v = self._heads(projected)
+        q, k, v = self._heads(asked)
         if self.kernels is not None and isinstance(plan, CachePlan) and plan.sights is not None:
-            seen = plan.attend_compiled(self.kernels, self.number, q, k, v, cos, sin, self.scale)
-        else:
-            turned = rotate(q, cos, sin, self.kernels), rotate(k, cos, sin, self.kernels)
-            seen = plan.attend(self.number, *turned, v, self.scale).flatten(1)
-        (mixed,) = self.mixed(seen)
-        return mixed
+            return plan.attend_compiled(self.kernels, self.number, q, k, v, cos, sin, self.scale)
+        turned = rotate(q, cos, sin, self.kernels), rotate(k, cos, sin, self.kernels)
+        if known is not None:
+            known = known.view(q.shape)
+        return plan.attend(self.number, *turned, v, self.scale, known).flatten(1)
 
     def _heads(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, normed where the family does that."""
@@ -145,10 +163,20 @@ class Decoder:
         family = model.config.model_type
         self.layers = [Layer.of(i, layer, family, kernels, pack=pack) for i, layer in enumerate(inner.layers)]
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, plan: Plan, *, checkpoint: bool = False) -> Tensor:
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        plan: Plan,
+        *,
+        checkpoint: bool = False,
+        known: Recalled | None = None,
+        record: list[LayerActivations] | None = None,
+    ) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,).
 
-        With `checkpoint` each layer keeps its input only and is computed again on the way back.
+        With `checkpoint` each layer keeps its input only and is computed again on the way back; otherwise what is
+        `known` of the layers is taken from there, and what they computed is appended to `record`.
         """
         x: Tensor = self._embed(token_ids)
         # (1, T, dim), the two halves alike
@@ -158,5 +186,5 @@ class Decoder:
             if checkpoint:
                 x, more = recompute(layer, x, more, cos, sin, plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, more = layer(x, more, cos, sin, plan)
+                x, more = layer(x, more, cos, sin, plan, known.layer(layer.number) if known is not None else None, record)
         return self._norm.of_sum(x, more)[1]

@@ -43,6 +43,13 @@ class Forest:
     def size(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def parents(self) -> NDArray[np.int64]:
+        """(T,): the packed token before each one in its sequences; -1: there is none."""
+        first, seen = self.sights.first.numpy(), self.sights.seen.numpy()
+        before = self.sights.slots.numpy()[first + np.maximum(seen - 2, 0)]
+        return np.where(seen > 1, before, -1)
+
     def plan(self) -> TreePlan:
         return TreePlan(self.blocks, self.sights)
 

@@ -54,19 +54,22 @@ class Siblings:
         self._packed = PackedMatrix(self.weights, self._biases) if pack else None
         self._back = BackMatrix(self.weights, pack=pack)
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """(tokens, in) -> (tokens, out_i) each; they may be slices of one tensor."""
+    def __call__(self, x: Tensor, known: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        """(tokens, in) -> (tokens, out_i) each; they may be slices of one tensor. They are `known` if they were
+        computed before, adapters included: only what the way back needs is computed then."""
         if not torch.is_grad_enabled():
+            if known is not None:
+                return known
             outs = self.products(x)
             if self._route is not None:
                 self._route.add_updates(x, [(name, outs[place]) for place, name in self.adapted])
             return outs
         segments = self._route.segments if self._route is not None else ()
         if not segments and not x.requires_grad:
-            return self.products(x)
+            return self.products(x) if known is None else known
         # autograd asks for a reason to come back here even where x, an embedding, needs no gradient
         reason = segments[0][0].a[self.adapted[0][1]] if segments else None
-        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, self._route)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, self._route, known)  # type: ignore[no-untyped-call]
         return found
 
     def products(self, x: Tensor) -> Sequence[Tensor]:
@@ -84,8 +87,15 @@ class _Adapted(torch.autograd.Function):
     """Sibling layers with the routed adapters; keeps x and the (tokens, rank) products only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, reason: Tensor | None, siblings: Siblings, route: Route | None) -> Any:
-        outs = tuple(siblings.products(x))
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        reason: Tensor | None,
+        siblings: Siblings,
+        route: Route | None,
+        known: Sequence[Tensor] | None,
+    ) -> Any:
+        outs = tuple(siblings.products(x) if known is None else known)
         adapted = [(name, outs[place]) for place, name in siblings.adapted]
         ctx.siblings, ctx.segments, ctx.compiled = siblings, (), None
         inner: list[Tensor] = []
@@ -93,18 +103,22 @@ class _Adapted(torch.autograd.Function):
             ctx.segments, ctx.compiled = route.one_by_one, route.compiled
             if ctx.compiled is not None:
                 kernels, ranges = ctx.compiled
-                inner += kernels.add_low_rank(x, adapted, ranges, keep=True)
+                if known is None:
+                    inner += kernels.add_low_rank(x, adapted, ranges, keep=True)
+                else:
+                    inner += kernels.low_rank(x, [name for name, _ in adapted], ranges)
             for adapter, start, end in ctx.segments:
                 factors, own = adapter.factors(x.dtype), x[start:end]
                 for name, out in adapted:
                     a, b = factors[name]
                     inner.append(functional.linear(own, a))
-                    out[start:end].addmm_(inner[-1], b, alpha=adapter.scaling)
+                    if known is None:
+                        out[start:end].addmm_(inner[-1], b, alpha=adapter.scaling)
         ctx.save_for_backward(x, *inner)
         return outs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, *inner = ctx.saved_tensors
         siblings: Siblings = ctx.siblings
         grad_x = siblings.back(grads) if ctx.needs_input_grad[0] else None
@@ -136,4 +150,4 @@ class _Adapted(torch.autograd.Function):
                     gradients[1].add_((h.t() @ grad).t(), alpha=adapter.scaling)
                 if grad_x is not None:
                     grad_x[start:end].addmm_(grad_h, a, alpha=adapter.scaling)
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None

@@ -8,6 +8,7 @@ Nothing here imports torch, so the loop runs with either.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +48,8 @@ class LearnerStats:
     policies: dict[ModelId, StepStats] = field(default_factory=dict)
     packed_tokens: int = 0
     """Distinct tokens that went through the base, all passes together."""
+    recalled_tokens: int = 0
+    """Of these, how many rollout had put through the same weights, so that only the way back was computed."""
     naive_tokens: int = 0
     """Tokens one sequence at a time would have needed."""
 
@@ -57,6 +60,10 @@ class Learner(Protocol):
     @property
     def keep_zero(self) -> bool:
         """Whether tokens without advantage still matter to the loss."""
+        ...
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While an update's episodes are played: what the engine in this process computes may be kept for its step."""
         ...
 
     def step(self, batch: Batch, update: int) -> LearnerStats:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from coterie.config import LearnerConfig
 from coterie.credit.base import Magnet
+from coterie.inference.local.kept import Kept
 from coterie.inference.local.sampler import scaled_logprobs
+from coterie.lm.activations import Recalled
 from coterie.lm.base import BaseModel
 from coterie.lm.forest import Forest, pack, split
 from coterie.models import ModelConfig
@@ -37,15 +40,18 @@ class Learner:
         config: LearnerConfig,
         updates: int,
         magnet: Magnet | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """
         Args:
             updates: planned length of the run, for the learning rate's schedule.
             magnet: what credit wants policies held near, besides what the config says.
+            kept: what an engine over the same base and bank has computed.
         """
         self.base = base
         self.config = config
         self.updates = updates
+        self._kept = kept
         self.anchors = Anchors(base, config.kl_coefficient, magnet, passes=config.passes)
         self.models = {m.model_id: m for m in models}
         self._optimizers: dict[ModelId, torch.optim.AdamW] = {}
@@ -71,6 +77,11 @@ class Learner:
     def keep_zero(self) -> bool:
         """Whether tokens without advantage still matter to the loss."""
         return self.config.entropy_bonus > 0 or bool(self.anchors)
+
+    def listening(self) -> AbstractContextManager[None]:
+        """See `Learner.listening`."""
+        wanted = self._kept is not None and not self.config.gradient_checkpointing
+        return self._kept.listening() if wanted and self._kept is not None else nullcontext()
 
     def step(self, batch: Batch, update: int) -> LearnerStats:
         """One update (of `config.passes` optimizer steps) of every policy that has terms; `update` counts from 1."""
@@ -130,13 +141,25 @@ class Learner:
         choices = _choices(batch, heads) if self.anchors else None
         anchors = self.anchors.of(part, Packed(ids, positions, plan, owned, choices))
         scale = torch.tensor([1.0 / max(1, n) for n in batch.turns], device=device)
-        with base.trained(ids, positions, plan, segments, checkpoint=self.config.gradient_checkpointing) as hidden:
+        known = self._recalled(forest, [model_id for model_id, _, _ in owned])
+        if known is not None:
+            stats.recalled_tokens += forest.size
+        checkpoint = self.config.gradient_checkpointing
+        with base.trained(ids, positions, plan, segments, checkpoint=checkpoint, known=known) as hidden:
             if first:
                 self.anchors.passed(part, hidden)
             losses = []
             for head, entries in heads.items():
                 losses.append(self._head_loss(head, entries, hidden, anchors, scale, batch, stats, first))
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _recalled(self, forest: Forest, owners: Sequence[ModelId]) -> Recalled | None:
+        """What the engine computed for all these tokens, if the weights are still those it computed with."""
+        if self._kept is None or self.config.gradient_checkpointing:
+            return None
+        versions = [self.base.bank.standing(model_id) for model_id in owners]
+        standing = [version for version in versions if version is not None]
+        return self._kept.recall(forest, standing) if len(standing) == len(versions) else None
 
     def _head_loss(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -56,8 +58,10 @@ class TrainedPolicies:
             cache_tokens=config.engine.cache_tokens,
             tokens_per_pass=config.engine.tokens_per_pass,
             kept_versions=config.inference.staleness,
+            kept_bytes=_kept_bytes(config.engine.activations_mb, self.base.device),
         )
-        self.learner = Learner(self.base, [model.config for model in models], config.learner, config.updates, magnet)
+        configs = [model.config for model in models]
+        self.learner = Learner(self.base, configs, config.learner, config.updates, magnet, self.local.kept)
         self.weights = Weights(save=self.save, probe=self.probe)
 
     @property
@@ -110,3 +114,20 @@ class TrainedPolicies:
                 base.bank.remove(c.model_id)
                 raise
         base.bank.publish(model.adapter)
+
+
+def _kept_bytes(megabytes: int | None, device: torch.device) -> int:
+    """See `EngineConfig.activations_mb`."""
+    if megabytes is not None:
+        return megabytes * 10**6
+    return 0 if device.type != "cpu" else _memory_bytes() // 6
+
+
+def _memory_bytes() -> int:
+    """Of this machine, or of the container this process may be in; 0 where neither can be told."""
+    found = []
+    with suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=0)

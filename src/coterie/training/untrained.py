@@ -7,6 +7,7 @@ and without a base on disk even the ids are those of no model; then nothing said
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from coterie.config import RunConfig
@@ -25,6 +26,10 @@ class IdleLearner:
     """See `Learner`. No policy steps, whatever it is given."""
 
     keep_zero = False
+
+    def listening(self) -> AbstractContextManager[None]:
+        """See `Learner.listening`."""
+        return nullcontext()
 
     def step(self, batch: Batch, update: int) -> LearnerStats:
         """See `Learner.step`."""

@@ -12,13 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from coterie.lm.activations import PassActivations
 from coterie.types import AdapterVersion
 
 
 class Node:
     """One cached token."""
 
-    __slots__ = ("children", "depth", "hidden", "memo", "parent", "places", "slot", "token", "trunk")
+    __slots__ = ("children", "depth", "hidden", "kept", "memo", "parent", "places", "slot", "token", "trunk")
 
     def __init__(self, token: int, parent: Node | None, depth: int) -> None:
         self.token = token
@@ -27,6 +28,8 @@ class Node:
         self.slot = -1
         self.hidden: Tensor | None = None
         """Last hidden state (hidden,), once it was needed for sampling."""
+        self.kept: tuple[int, int] | None = None
+        """(number of the pass, row) where its activations are, if they were kept; see `Kept`."""
         self.memo: dict[object, object] = {}
         """Sampling distributions already made at this node."""
         self.children: dict[int, Node] = {}
@@ -84,6 +87,8 @@ class PrefixCache:
         self._roots: dict[AdapterVersion | None, Node] = {}
         self._prompts: dict[tuple[AdapterVersion | None, tuple[int, ...]], Node] = {}
         self._free = list(range(slots - 1, -1, -1))
+        self.passes: list[PassActivations] = []
+        """Activations of passes since the cache was last empty, as far as they are kept."""
 
     @property
     def free(self) -> int:
@@ -99,6 +104,10 @@ class PrefixCache:
                 node = node.child(token)
             self._prompts[key] = node
         return node
+
+    def root(self, adapter: AdapterVersion | None) -> Node | None:
+        """Before the first token under a version; None: nothing was asked of it."""
+        return self._roots.get(adapter)
 
     def take(self, nodes: Iterable[Node]) -> list[int]:
         """Give each node a slot. The caller has made sure there are enough."""
@@ -134,6 +143,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         self._roots.clear()
+        self.passes.clear()
         self._prompts.clear()
         self._free = list(range(self.slots - 1, -1, -1))
 

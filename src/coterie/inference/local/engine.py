@@ -21,6 +21,7 @@ import torch
 from coterie.errors import EngineError, RequestError
 from coterie.inference.base import check_request
 from coterie.inference.local.cache import Node, PrefixCache
+from coterie.inference.local.kept import Kept
 from coterie.inference.local.choices import TrieNode, build_trie
 from coterie.inference.local.sampler import (
     GREEDY,
@@ -77,13 +78,21 @@ class LocalEngine:
     tier = Tier.LOCAL
 
     def __init__(
-        self, base: BaseModel, *, cache_tokens: int = 16384, tokens_per_pass: int = 1024, kept_versions: int = 0
+        self,
+        base: BaseModel,
+        *,
+        cache_tokens: int = 16384,
+        tokens_per_pass: int = 1024,
+        kept_versions: int = 0,
+        kept_bytes: int = 0,
     ) -> None:
         """`cache_tokens`: slots of key/value cache. `tokens_per_pass`: new tokens of one forward pass.
+        `kept_bytes`: of activations that may be kept for the learner.
         `kept_versions`: published versions behind the current one that can still be asked for; with any, the current
         one is a copy too, so that turns may be generated while the learner changes the weights."""
         self.base = base
         self.cache = PrefixCache(base.layers, base.kv_heads, base.head_dim, cache_tokens, base.dtype, base.device)
+        self.kept = Kept(self.cache, kept_bytes, base.kernels)
         self.tokens_per_pass = tokens_per_pass
         self._kept_versions = kept_versions
         self.tokens_computed = 0
@@ -284,12 +293,15 @@ class LocalEngine:
         slots = torch.tensor([node.slot for node in work.nodes], device=device)
         plan = CachePlan(self.cache.keys, self.cache.values, slots, made, order, listed)
         segments = [(self.base.bank.get(v), start, end) for v, start, end in work.segments if v is not None]
+        record = self.kept.begin()
         hidden = self.base.hidden(
             torch.tensor([node.token for node in work.nodes], device=device),
             torch.tensor([node.depth for node in work.nodes], device=device),
             plan,
             segments,
+            record,
         )
+        self.kept.end(record, work.nodes)
         wanted = hidden.index_select(0, torch.tensor(work.wanted, device=device))
         for index, state in zip(work.wanted, wanted.unbind(), strict=True):
             work.nodes[index].hidden = state

@@ -64,6 +64,9 @@
                                      const double* log_z, const float* alpha, const float* beta, int threads) {             \
         softmax_backward(logits, rows, size, sharpness, most, log_z, alpha, beta, threads);                                 \
     }                                                                                                                       \
+    EXPORT void gather_##S(const char* const* rows, int64_t count, int64_t bytes, char* out, int threads) {                  \
+        gather(rows, count, bytes, out, threads);                                                                           \
+    }                                                                                                                       \
     EXPORT void pick_##S(const T* logits, int64_t size, const float* sharpness, const double* log_z, const double* chunks,  \
                          const int64_t* best, const float* most, const int64_t* row_of, const double* uniforms,             \
                          int64_t* found, double* logprob, int64_t asked) {                                                  \

@@ -13,7 +13,9 @@ from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
@@ -34,6 +36,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "softmax_backward": (_P, _N, _N, _P, _P, _P, _P, _P, _I),
     "masked_softmax": (_P, _P, _F, _N, _N, _N, _I),
     "softmax_scores_backward": (_P, _P, _P, _P, _F, _N, _N, _N, _I),
+    "gather": (_P, _N, _N, _P, _I),
     "pick": (_P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N),
 }
 _FLOAT32: dict[str, tuple[Any, ...]] = {
@@ -101,6 +104,7 @@ class Kernels:
     _softmax_backward: Any
     _masked_softmax: Any
     _softmax_scores_backward: Any
+    _gather: Any
     _pick: Any
     _pack_panels: Any
     _product: Any
@@ -200,6 +204,12 @@ class Kernels:
         """
         a, b = ranges.addresses.of(tuple(name for name, _ in outs))
         return self._low_rank(x, [out for _, out in outs], a, b, ranges, keep)
+
+    def low_rank(self, x: Tensor, names: Sequence[str], ranges: Ranges) -> list[Tensor]:
+        """What `add_low_rank` returns where it keeps, and nothing more."""
+        a, b = ranges.addresses.of(tuple(names))
+        nothing = x.new_empty(len(x), 0)
+        return self._low_rank(x, [nothing] * len(names), a, b, ranges, True)
 
     def low_rank_backward(self, grad: Tensor, name: str, grad_x: Tensor, ranges: Ranges) -> list[Tensor]:
         """Add the way back through one layer's updates, scale dy B^T A, to `grad_x`; returns dy B^T (tokens, rank) of
@@ -314,6 +324,11 @@ class Kernels:
             grad_v.data_ptr(), *_sizes(q, k), scale, see.most, torch.get_num_threads(),
         )  # fmt: skip
         return grad_q, grad_k, grad_v
+
+    def gather(self, addresses: NDArray[np.int64], out: Tensor) -> None:
+        """Copy the rows that begin at `addresses` (n,) to `out` (n, size), contiguous."""
+        self._gather(np.ascontiguousarray(addresses).ctypes.data, len(out), out.shape[1] * out.element_size(),
+                     out.data_ptr(), torch.get_num_threads())  # fmt: skip
 
     def panels(self, weight: Tensor, bias: Tensor | None = None) -> Panels:
         """Lay out a matrix (out, size) of any strides, and a bias (out,), where `panel` is not 0."""

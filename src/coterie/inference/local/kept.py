@@ -1,0 +1,78 @@
+"""What rollout computed, for the learner that puts the same tokens through the same weights next.
+
+    listening()  meanwhile passes hand their activations over, by reference, up to so many bytes
+    recall()     those of a forest's tokens, if every one of them is there
+
+Whatever empties the cache, publication above all, empties this with it: nothing is kept of older weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from coterie.inference.local.cache import Node, PrefixCache
+from coterie.lm.activations import LayerActivations, Recalled, nbytes
+from coterie.lm.forest import Forest
+from coterie.lm.native.kernels import Kernels
+from coterie.types import AdapterVersion
+
+
+class Kept:
+    """Activations of the passes that filled a cache."""
+
+    def __init__(self, cache: PrefixCache, most_bytes: int, kernels: Kernels | None) -> None:
+        """`most_bytes`: once this many are kept, later passes hand nothing over."""
+        self._cache = cache
+        self._most_bytes = most_bytes
+        self._kernels = kernels
+        self._bytes = 0
+        self._listening = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile what is computed is kept."""
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def begin(self) -> list[LayerActivations] | None:
+        """Where a pass puts its activations; None: they are not wanted."""
+        if not self._cache.passes:
+            self._bytes = 0
+        return [] if self._listening and self._bytes < self._most_bytes else None
+
+    def end(self, made: list[LayerActivations] | None, nodes: Sequence[Node]) -> None:
+        """`nodes` went through a pass; `made` is what it put where `begin` said."""
+        if made is None:
+            return
+        number = len(self._cache.passes)
+        self._cache.passes.append(made)
+        self._bytes += nbytes(made)
+        for row, node in enumerate(nodes):
+            node.kept = number, row
+
+    def recall(self, forest: Forest, versions: Sequence[AdapterVersion]) -> Recalled | None:
+        """Activations of all tokens of `forest`, whose segments are of `versions`; None: some are missing."""
+        passes = self._cache.passes
+        if not passes:
+            return None
+        parents = forest.parents.tolist()
+        nodes: list[Node] = []
+        which, rows = np.empty(forest.size, np.int64), np.empty(forest.size, np.int64)
+        for version, (_, start, end) in zip(versions, forest.segments, strict=True):
+            root = self._cache.root(version)
+            if root is None:
+                return None
+            for place, token in enumerate(forest.token_ids[start:end].tolist(), start):
+                parent = nodes[parents[place]] if parents[place] >= 0 else root
+                node = parent.children.get(token)
+                if node is None or node.kept is None:
+                    return None
+                nodes.append(node)
+                which[place], rows[place] = node.kept
+        return Recalled(passes, which, rows, self._kernels)

@@ -1,0 +1,222 @@
+"""What rollout computed serves the learner: the same gradients without a forward pass, and never under other weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from coterie.config import LearnerConfig
+from coterie.inference.local.engine import LocalEngine
+from coterie.lm import attention, bank, products
+from coterie.lm import base as base_module
+from coterie.lm.base import BaseModel
+from coterie.lm.linear import Siblings
+from coterie.models import ModelConfig
+from coterie.training.base import LearnerStats, StepStats
+from coterie.training.batch import Batch, build_batch
+from coterie.training.learner import Learner
+from coterie.types import AdapterVersion, Advantages, GenerateRequest, Generation
+from tests.conftest import MakeBase
+from tests.support.compiled import need_kernels
+from tests.support.episodes import episode, make_turn
+
+CHOICES = ((10,), (11, 12), (11, 13, 14), (11, 13, 15))
+MODELS = (ModelConfig(model_id="a", lora_rank=3), ModelConfig(model_id="b", lora_rank=24))
+"""One rank that compiled kernels serve, and one that matrix products do."""
+PLENTY = 10**9
+
+
+def _stirred(base: BaseModel) -> BaseModel:
+    for number, m in enumerate(MODELS):
+        adapter = base.bank.add(m.model_id, m.lora_rank, m.lora_alpha, number)
+        with torch.no_grad():
+            adapter.flat.add_(0.1 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(number)))
+        base.bank.publish(AdapterVersion(m.model_id, 0))
+    return base
+
+
+def _requests() -> list[GenerateRequest]:
+    """Prompts that several ask, second turns after first ones, free text and choices, of two policies."""
+    made = []
+    for n in range(24):
+        prompt = tuple((5 * (n // 3) + 11 * i) % 290 for i in range(4 + n % 5))
+        choices = CHOICES if n % 4 == 0 else None
+        adapter = AdapterVersion("ab"[n % 2], 0)
+        made.append(GenerateRequest(prompt, adapter, seed=n, max_tokens=5, choices=choices, stop_ids=(10_000,)))
+    return made
+
+
+async def _two_turns(engine: LocalEngine) -> list[Generation]:
+    first = list(await asyncio.gather(*(engine.generate(r) for r in _requests())))
+    later = [
+        GenerateRequest((*made.prompt_ids, *made.token_ids, 7, 8), made.adapter, seed=100 + n, max_tokens=3)
+        for n, made in enumerate(first)
+    ]
+    return first + list(await asyncio.gather(*(engine.generate(r) for r in later)))
+
+
+def _batch(answers: Sequence[Generation]) -> Batch:
+    episodes = []
+    for n, made in enumerate(answers):
+        assert made.adapter is not None
+        name = made.adapter.model_id
+        turn = make_turn(
+            "seat", model_id=name, prompt_ids=made.prompt_ids, token_ids=made.token_ids, allowed=made.allowed,
+            logprobs=made.logprobs,
+        )  # fmt: skip
+        episodes.append(episode(f"e{n}", scores={"seat": 1.0}, turns={"seat": [turn]}, models={"seat": name}))
+    advantages = Advantages({e.episode_id: {"seat": (0.3 - n % 2,)} for n, e in enumerate(episodes)})
+    return build_batch(["a", "b"], episodes, advantages, keep_zero=False)
+
+
+def _played(base: BaseModel, kept_bytes: int = PLENTY, **options: int) -> tuple[LocalEngine, Batch]:
+    engine = LocalEngine(base, kept_bytes=kept_bytes, **options)
+    with engine.kept.listening():
+        answers = asyncio.run(_two_turns(engine))
+    return engine, _batch(answers)
+
+
+def _gradients(base: BaseModel, learner: Learner, batch: Batch) -> tuple[list[torch.Tensor], LearnerStats]:
+    stats = LearnerStats({name: StepStats() for name in batch.policies})
+    learner.backward(batch, stats)
+    found = []
+    for m in MODELS:
+        grad = base.bank.training(m.model_id).grad
+        assert grad is not None
+        found.append(grad.clone())
+    return found, stats
+
+
+@contextmanager
+def _products() -> Iterator[list[int]]:
+    """Rows that go forward through the layers' matrices."""
+    rows: list[int] = []
+    plain = Siblings.products
+
+    def counted(siblings: Siblings, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        rows.append(len(x))
+        return plain(siblings, x)
+
+    with patch.object(Siblings, "products", counted):
+        yield rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "composed"])
+@pytest.mark.parametrize("layers", [1.0, 0.5], ids=["all layers", "upper layers"])
+def test_gradients_are_those_of_a_forward_pass(
+    make_base: MakeBase, monkeypatch: pytest.MonkeyPatch, dtype: str, compiled: bool, layers: float
+) -> None:
+    if compiled:
+        need_kernels(getattr(torch, dtype))
+    else:
+        for module in (base_module, attention, bank, products):
+            monkeypatch.setattr(module, "kernels_for", lambda dtype, device: None)
+    base = _stirred(make_base(dtype=dtype, lora_layers=layers))
+    assert (base.kernels is not None) == compiled
+    engine, batch = _played(base)
+    anew, plain = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
+    with _products() as rows:
+        recalled, stats = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept), batch)
+    assert rows == []
+    assert plain.recalled_tokens == 0
+    assert stats.recalled_tokens == stats.packed_tokens == plain.packed_tokens > 100
+    for ours, theirs in zip(recalled, anew, strict=True):
+        close = 1e-5 if dtype == "float32" else 0.05
+        assert (ours - theirs).norm() <= close * theirs.norm() > 0
+
+
+def test_parts_of_an_update_are_recalled_by_themselves(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base, tokens_per_pass=32)
+    anew, _ = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
+    small = LearnerConfig(tokens_per_pass=40)
+    recalled, stats = _gradients(base, Learner(base, MODELS, small, 1, kept=engine.kept), batch)
+    assert stats.recalled_tokens == stats.packed_tokens
+    for ours, theirs in zip(recalled, anew, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_recalled_of_weights_that_changed(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base)
+    learner = Learner(base, MODELS, LearnerConfig(passes=2), 1, kept=engine.kept)
+    with _products() as rows:
+        stats = learner.step(batch, 1)
+    # the first pass over the update recalls, the second is after the first step
+    assert stats.recalled_tokens == stats.packed_tokens / 2
+    assert rows
+    assert learner.step(batch, 2).recalled_tokens == 0
+
+
+def test_publication_lets_go_of_what_was_kept(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base)
+    assert engine.cache.passes
+    asyncio.run(engine.publish(AdapterVersion("a", 1), None))
+    assert not engine.cache.passes
+    learner = Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept)
+    assert _gradients(base, learner, batch)[1].recalled_tokens == 0
+
+
+def test_what_is_played_unheard_is_not_kept(make_base: MakeBase) -> None:
+    engine = LocalEngine(_stirred(make_base()), kept_bytes=PLENTY)
+    asyncio.run(_two_turns(engine))
+    assert not engine.cache.passes
+
+
+def test_memory_is_bounded_and_what_is_missing_is_computed(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base, 400_000, tokens_per_pass=32)
+    (first, *_), number = engine.cache.passes, len(engine.cache.passes)
+    per_token = sum(t[0].nbytes for layer in first for t in layer.tensors())
+    assert 400_000 <= sum(len(made[0].seen) for made in engine.cache.passes) * per_token <= 400_000 + 32 * per_token
+    anew, _ = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
+    small = LearnerConfig(tokens_per_pass=16)
+    recalled, stats = _gradients(base, Learner(base, MODELS, small, 1, kept=engine.kept), batch)
+    assert number > 1
+    assert 0 <= stats.recalled_tokens < stats.packed_tokens
+    for ours, theirs in zip(recalled, anew, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cache_that_forgets_takes_its_activations_with_it(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base, cache_tokens=48, tokens_per_pass=16)
+    anew, _ = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
+    recalled, stats = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept), batch)
+    assert stats.recalled_tokens < stats.packed_tokens
+    for ours, theirs in zip(recalled, anew, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_asks_for_nothing(make_base: MakeBase) -> None:
+    engine = LocalEngine(_stirred(make_base()), kept_bytes=PLENTY)
+    learner = Learner(engine.base, MODELS, LearnerConfig(gradient_checkpointing=True), 1, kept=engine.kept)
+    with learner.listening():
+        batch = _batch(asyncio.run(_two_turns(engine)))
+    assert not engine.cache.passes
+    assert learner.step(batch, 1).recalled_tokens == 0
+
+
+def test_without_an_engine_there_is_nothing_to_listen_to(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base)
+    learner = Learner(base, MODELS, LearnerConfig(), 1)
+    with learner.listening():
+        assert learner.step(batch, 1).recalled_tokens == 0
+
+
+def test_an_answer_the_engine_did_not_give_is_computed(make_base: MakeBase) -> None:
+    base = _stirred(make_base())
+    engine, batch = _played(base)
+    (policy, tokens), *rest = batch.sequences
+    foreign = replace(batch, sequences=((policy, (299, *tokens[1:])), *rest))
+    learner = Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept)
+    assert _gradients(base, learner, foreign)[1].recalled_tokens == 0
