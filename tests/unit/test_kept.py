@@ -17,6 +17,7 @@ from coterie.lm import attention, bank, products
 from coterie.lm import base as base_module
 from coterie.lm.base import BaseModel
 from coterie.lm.linear import Siblings
+from coterie.lm.products import OutputMatrix
 from coterie.models import ModelConfig
 from coterie.training.base import LearnerStats, StepStats
 from coterie.training.batch import Batch, build_batch
@@ -94,17 +95,23 @@ def _gradients(base: BaseModel, learner: Learner, batch: Batch) -> tuple[list[to
 
 
 @contextmanager
-def _products() -> Iterator[list[int]]:
-    """Rows that go forward through the layers' matrices."""
-    rows: list[int] = []
-    plain = Siblings.products
+def _products() -> Iterator[tuple[list[int], list[int]]]:
+    """Rows that go forward through the layers' matrices, and through the output matrix."""
+    layers: list[int] = []
+    outputs: list[int] = []
+    through, out = Siblings.products, OutputMatrix.__call__
 
     def counted(siblings: Siblings, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        rows.append(len(x))
-        return plain(siblings, x)
+        layers.append(len(x))
+        return through(siblings, x)
 
-    with patch.object(Siblings, "products", counted):
-        yield rows
+    def counted_out(matrix: OutputMatrix, hidden: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        if known is None:
+            outputs.append(len(hidden))
+        return out(matrix, hidden, known)
+
+    with patch.object(Siblings, "products", counted), patch.object(OutputMatrix, "__call__", counted_out):
+        yield layers, outputs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,9 +129,11 @@ def test_gradients_are_those_of_a_forward_pass(
     assert (base.kernels is not None) == compiled
     engine, batch = _played(base)
     anew, plain = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
-    with _products() as rows:
+    with _products() as (rows, outputs):
         recalled, stats = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept), batch)
     assert rows == []
+    # where nothing is compiled, sampling writes over the logits
+    assert bool(outputs) != compiled
     assert plain.recalled_tokens == 0
     assert stats.recalled_tokens == stats.packed_tokens == plain.packed_tokens > 100
     for ours, theirs in zip(recalled, anew, strict=True):
@@ -147,7 +156,7 @@ def test_nothing_is_recalled_of_weights_that_changed(make_base: MakeBase) -> Non
     base = _stirred(make_base())
     engine, batch = _played(base)
     learner = Learner(base, MODELS, LearnerConfig(passes=2), 1, kept=engine.kept)
-    with _products() as rows:
+    with _products() as (rows, _):
         stats = learner.step(batch, 1)
     # the first pass over the update recalls, the second is after the first step
     assert stats.recalled_tokens == stats.packed_tokens / 2
@@ -158,9 +167,9 @@ def test_nothing_is_recalled_of_weights_that_changed(make_base: MakeBase) -> Non
 def test_publication_lets_go_of_what_was_kept(make_base: MakeBase) -> None:
     base = _stirred(make_base())
     engine, batch = _played(base)
-    assert engine.cache.passes
+    assert engine.cache.activations.passes
     asyncio.run(engine.publish(AdapterVersion("a", 1), None))
-    assert not engine.cache.passes
+    assert not engine.cache.activations.passes
     learner = Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept)
     assert _gradients(base, learner, batch)[1].recalled_tokens == 0
 
@@ -168,15 +177,15 @@ def test_publication_lets_go_of_what_was_kept(make_base: MakeBase) -> None:
 def test_what_is_played_unheard_is_not_kept(make_base: MakeBase) -> None:
     engine = LocalEngine(_stirred(make_base()), kept_bytes=PLENTY)
     asyncio.run(_two_turns(engine))
-    assert not engine.cache.passes
+    assert not engine.cache.activations.passes
 
 
 def test_memory_is_bounded_and_what_is_missing_is_computed(make_base: MakeBase) -> None:
     base = _stirred(make_base())
     engine, batch = _played(base, 400_000, tokens_per_pass=32)
-    (first, *_), number = engine.cache.passes, len(engine.cache.passes)
+    (first, *_), number = engine.cache.activations.passes, len(engine.cache.activations.passes)
     per_token = sum(t[0].nbytes for layer in first for t in layer.tensors())
-    assert 400_000 <= sum(len(made[0].seen) for made in engine.cache.passes) * per_token <= 400_000 + 32 * per_token
+    assert 400_000 <= sum(len(made[0].seen) for made in engine.cache.activations.passes) * per_token <= 400_000 + 32 * per_token
     anew, _ = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
     small = LearnerConfig(tokens_per_pass=16)
     recalled, stats = _gradients(base, Learner(base, MODELS, small, 1, kept=engine.kept), batch)
@@ -201,7 +210,7 @@ def test_checkpointing_asks_for_nothing(make_base: MakeBase) -> None:
     learner = Learner(engine.base, MODELS, LearnerConfig(gradient_checkpointing=True), 1, kept=engine.kept)
     with learner.listening():
         batch = _batch(asyncio.run(_two_turns(engine)))
-    assert not engine.cache.passes
+    assert not engine.cache.activations.passes
     assert learner.step(batch, 1).recalled_tokens == 0
 
 

@@ -24,6 +24,7 @@ from coterie.lm.bank import AdapterBank
 from coterie.lm.chat import TokenizerChat
 from coterie.lm.decoder import Decoder
 from coterie.lm.embedded import resolve_base
+from coterie.lm.memory import keep_freed_memory
 from coterie.lm.native.kernels import kernels_for
 from coterie.lm.products import OutputMatrix
 from coterie.lm.quiet import quiet_transformers
@@ -102,9 +103,9 @@ class BaseModel:
             return self._output(hidden).float()
         return torch.nn.functional.linear(hidden.float(), self.head.index_select(0, rows).float())
 
-    def rough_logits(self, hidden: Tensor) -> Tensor:
-        """All logits (n, vocabulary), in the base's own dtype."""
-        return self._output(hidden)
+    def rough_logits(self, hidden: Tensor, known: Tensor | None = None) -> Tensor:
+        """All logits (n, vocabulary), in the base's own dtype; `known`, if they were computed before."""
+        return self._output(hidden, known)
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -137,6 +138,7 @@ def load_base(config: BaseConfig, *, allow_download: bool = True) -> BaseModel:
     )
     if device.type == "cpu":
         _set_threads(config.threads)
+        keep_freed_memory()
     path = resolve_base(config.model, allow_download=allow_download)
     if config.dtype == "auto":
         dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32

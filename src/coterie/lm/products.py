@@ -142,23 +142,28 @@ class OutputMatrix:
         self.weight = weight
         self._packed = PackedMatrix([weight], [None]) if packable([weight], MOST_PACKED_OUTPUT) else None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits (n, vocabulary) of (n, hidden), in its dtype."""
-        packed = self._packed
-        if packed is None or not packed.suits(len(hidden)):
+    def __call__(self, hidden: Tensor, known: Tensor | None = None) -> Tensor:
+        """Logits (n, vocabulary) of (n, hidden), in its dtype; `known`, if they were computed before."""
+        packed = self._packed if self._packed is not None and self._packed.suits(len(hidden)) else None
+        if packed is None and known is None:
             return functional.linear(hidden, self.weight)
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            return packed(hidden)
-        found: Tensor = _Logits.apply(hidden, packed, self.weight)  # type: ignore[no-untyped-call]
+        if packed is not None and not (torch.is_grad_enabled() and hidden.requires_grad):
+            return packed(hidden) if known is None else known
+        found: Tensor = _Logits.apply(hidden, packed, self.weight, known)  # type: ignore[no-untyped-call]
         return found
 
 
 class _Logits(torch.autograd.Function):
+    """By a packed matrix, unless they are known."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, packed: PackedMatrix, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, packed: PackedMatrix | None, weight: Tensor, known: Tensor | None) -> Tensor:
         ctx.weight = weight
+        if known is not None:
+            return known
+        assert packed is not None
         return packed(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] @ ctx.weight, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] @ ctx.weight, None, None, None

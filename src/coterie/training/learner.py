@@ -150,7 +150,7 @@ class Learner:
                 self.anchors.passed(part, hidden)
             losses = []
             for head, entries in heads.items():
-                losses.append(self._head_loss(head, entries, hidden, anchors, scale, batch, stats, first))
+                losses.append(self._head_loss(head, entries, hidden, known, anchors, scale, batch, stats, first))
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     def _recalled(self, forest: Forest, owners: Sequence[ModelId]) -> Recalled | None:
@@ -166,6 +166,7 @@ class Learner:
         head: HeadKey,
         entries: list[tuple[int, int, Term]],
         hidden: Tensor,
+        known: Recalled | None,
         anchors: Sequence[Anchor],
         scale: Tensor,
         batch: Batch,
@@ -184,7 +185,7 @@ class Learner:
         columns_of = torch.tensor(column, device=device)
         logprobs = None
         if head.allowed is None and not anchors and self.base.kernels is not None and not head.bias:
-            logits = self.base.rough_logits(asked)
+            logits = self.base.rough_logits(asked, known.logits(list(sites)) if known is not None else None)
             logprob, spreads = chosen(self.base.kernels, logits, at, columns_of, head.temperature)
         else:
             logprobs = self._logprobs(head, asked)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from coterie.lm.activations import PassActivations
+from coterie.lm.activations import Place, Store
 from coterie.types import AdapterVersion
 
 
@@ -28,8 +28,8 @@ class Node:
         self.slot = -1
         self.hidden: Tensor | None = None
         """Last hidden state (hidden,), once it was needed for sampling."""
-        self.kept: tuple[int, int] | None = None
-        """(number of the pass, row) where its activations are, if they were kept; see `Kept`."""
+        self.kept: Place | None = None
+        """The pass and the row where its activations are, if they were kept; see `Kept`."""
         self.memo: dict[object, object] = {}
         """Sampling distributions already made at this node."""
         self.children: dict[int, Node] = {}
@@ -87,8 +87,8 @@ class PrefixCache:
         self._roots: dict[AdapterVersion | None, Node] = {}
         self._prompts: dict[tuple[AdapterVersion | None, tuple[int, ...]], Node] = {}
         self._free = list(range(slots - 1, -1, -1))
-        self.passes: list[PassActivations] = []
-        """Activations of passes since the cache was last empty, as far as they are kept."""
+        self.activations = Store()
+        """Of passes since the cache was last empty, as far as they are kept."""
 
     @property
     def free(self) -> int:
@@ -143,7 +143,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         self._roots.clear()
-        self.passes.clear()
+        self.activations.clear()
         self._prompts.clear()
         self._free = list(range(self.slots - 1, -1, -1))
 

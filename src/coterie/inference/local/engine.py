@@ -351,8 +351,10 @@ class LocalEngine:
         heads = [members[0] for members in groups.values()]
         hidden = torch.stack([run.node.hidden for run in heads if run.node.hidden is not None])
         logits = self.base.rough_logits(hidden)
+        if self.base.kernels is not None:  # without them they are written over
+            self.kept.take_logits(logits, [run.node for run in heads])
         if any(run.request.bias for run in heads):
-            logits = logits.float()
+            logits = logits.to(torch.float32, copy=True)
             for run, row in zip(heads, logits, strict=True):
                 for token, value in (run.request.bias or {}).items():
                     # a finite floor forbids as well as -inf does, and keeps 0 * z out of NaN

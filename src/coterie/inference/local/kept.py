@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from torch import Tensor
 
 from coterie.inference.local.cache import Node, PrefixCache
 from coterie.lm.activations import LayerActivations, Recalled, nbytes
@@ -28,7 +29,6 @@ class Kept:
         self._cache = cache
         self._most_bytes = most_bytes
         self._kernels = kernels
-        self._bytes = 0
         self._listening = False
 
     @contextmanager
@@ -40,26 +40,38 @@ class Kept:
         finally:
             self._listening = False
 
+    @property
+    def _wanted(self) -> bool:
+        return self._listening and self._cache.activations.nbytes < self._most_bytes
+
     def begin(self) -> list[LayerActivations] | None:
         """Where a pass puts its activations; None: they are not wanted."""
-        if not self._cache.passes:
-            self._bytes = 0
-        return [] if self._listening and self._bytes < self._most_bytes else None
+        return [] if self._wanted else None
 
     def end(self, made: list[LayerActivations] | None, nodes: Sequence[Node]) -> None:
         """`nodes` went through a pass; `made` is what it put where `begin` said."""
         if made is None:
             return
-        number = len(self._cache.passes)
-        self._cache.passes.append(made)
-        self._bytes += nbytes(made)
+        store = self._cache.activations
         for row, node in enumerate(nodes):
-            node.kept = number, row
+            node.kept = len(store.passes), row
+        store.passes.append(made)
+        store.nbytes += nbytes(made)
+
+    def take_logits(self, logits: Tensor, nodes: Sequence[Node]) -> None:
+        """Logits (n, vocabulary) of nodes, which nobody writes over; they are kept if they are wanted."""
+        if not self._wanted:
+            return
+        store = self._cache.activations
+        for row, node in enumerate(nodes):
+            if node.kept is not None:
+                store.logits_of[node.kept] = len(store.logits), row
+        store.logits.append(logits)
+        store.nbytes += logits.nbytes
 
     def recall(self, forest: Forest, versions: Sequence[AdapterVersion]) -> Recalled | None:
         """Activations of all tokens of `forest`, whose segments are of `versions`; None: some are missing."""
-        passes = self._cache.passes
-        if not passes:
+        if not self._cache.activations.passes:
             return None
         parents = forest.parents.tolist()
         nodes: list[Node] = []
@@ -75,4 +87,4 @@ class Kept:
                     return None
                 nodes.append(node)
                 which[place], rows[place] = node.kept
-        return Recalled(passes, which, rows, self._kernels)
+        return Recalled(self._cache.activations, which, rows, self._kernels)
