@@ -184,8 +184,9 @@ def test_memory_is_bounded_and_what_is_missing_is_computed(make_base: MakeBase) 
     base = _stirred(make_base())
     engine, batch = _played(base, 400_000, tokens_per_pass=32)
     (first, *_), number = engine.cache.activations.passes, len(engine.cache.activations.passes)
-    per_token = sum(t[0].nbytes for layer in first for t in layer.tensors())
-    assert 400_000 <= sum(len(made[0].seen) for made in engine.cache.activations.passes) * per_token <= 400_000 + 32 * per_token
+    per_token = first.nbytes // len(first.layers[0].x)
+    held = sum(len(made.layers[0].x) for made in engine.cache.activations.passes) * per_token
+    assert 400_000 <= held <= 400_000 + 32 * per_token
     anew, _ = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
     small = LearnerConfig(tokens_per_pass=16)
     recalled, stats = _gradients(base, Learner(base, MODELS, small, 1, kept=engine.kept), batch)

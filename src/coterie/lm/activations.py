@@ -1,9 +1,10 @@
 """What a forward pass computed, kept so that the way back need not compute it again.
 
 Rollout and learning put the same tokens through the same weights. A pass of the engine can therefore hand on what it
-made anyway: the outputs of each layer's matrices and of its attention, and logits, by reference, without a copy. From them and the
-embeddings everything else follows by what costs little (sums, norms, rotations, activations), so a learner that finds
-all its tokens among them starts with the backward pass. On a processor that is half of its work.
+made anyway, by reference, without a copy: what came into each layer, the outputs of its matrices and of its attention,
+and logits. From these everything else follows by what costs little (norms, rotations, activations), so a learner that
+finds all its tokens among them starts with the backward pass, a layer at a time. On a processor that is half of its
+work, and most of its memory.
 """
 
 from __future__ import annotations
@@ -23,28 +24,34 @@ from coterie.lm.native.kernels import Kernels
 class LayerActivations:
     """Of the tokens of one pass in one layer; updates of adapters included."""
 
+    x: Tensor
+    """(T, hidden): what came into the layer."""
     asked: Sequence[Tensor]
     """Queries, keys and values (T, heads * dim), neither normed nor rotated."""
     seen: Tensor
     """(T, heads * dim): what attention made of them."""
-    mixed: Tensor
-    """(T, hidden): what attention's last matrix made of that."""
+    middle: Tensor
+    """(T, hidden): x and what attention's last matrix made of that."""
     inner: Sequence[Tensor]
     """Gate and up (T, size)."""
-    outer: Tensor
-    """(T, hidden): what the last matrix made of their product."""
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (*self.asked, self.seen, self.mixed, *self.inner, self.outer)
+        yield from (self.x, *self.asked, self.seen, self.middle, *self.inner)
 
 
-PassActivations = Sequence[LayerActivations]
-"""Of every layer, in order."""
+@dataclass(slots=True)
+class PassActivations:
+    """Of the tokens of one pass, filled as it goes."""
 
+    layers: list[LayerActivations] = field(default_factory=list)
+    last: Tensor | None = None
+    """(T, hidden): what came out of the last layer."""
 
-def nbytes(made: PassActivations) -> int:
-    """Memory a pass's activations take."""
-    return sum(tensor.nbytes for layer in made for tensor in layer.tensors())
+    @property
+    def nbytes(self) -> int:
+        """Memory they take."""
+        last = 0 if self.last is None else self.last.nbytes
+        return last + sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
 
 
 Place = tuple[int, int]
@@ -88,13 +95,17 @@ class Recalled:
 
     def layer(self, number: int) -> LayerActivations:
         """New tensors (T, …), contiguous."""
-        layers = [made[number] for made in self._passes]
-        asked = [self._packed([layer.asked[i] for layer in layers]) for i in range(len(layers[0].asked))]
-        inner = [self._packed([layer.inner[i] for layer in layers]) for i in range(len(layers[0].inner))]
-        seen, mixed, outer = (
-            self._packed([getattr(layer, name) for layer in layers]) for name in ("seen", "mixed", "outer")
+        layers = [made.layers[number] for made in self._passes]
+        x, seen, middle = (self._packed([getattr(layer, name) for layer in layers]) for name in ("x", "seen", "middle"))
+        asked, inner = (
+            [self._packed(parts) for parts in zip(*(getattr(layer, name) for layer in layers), strict=True)]
+            for name in ("asked", "inner")
         )
-        return LayerActivations(asked, seen, mixed, inner, outer)
+        return LayerActivations(x, asked, seen, middle, inner)
+
+    def last(self) -> Tensor:
+        """What came out of the last layer, a new tensor (T, hidden)."""
+        return self._packed([made.last for made in self._passes if made.last is not None])
 
     def _packed(self, parts: Sequence[Tensor]) -> Tensor:
         return self._gather(parts, self._which, self._rows)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coterie.config import BaseConfig
 from coterie.errors import BaseModelError
-from coterie.lm.activations import LayerActivations, Recalled
+from coterie.lm.activations import PassActivations, Recalled
 from coterie.lm.adapter import Segment
 from coterie.lm.attention import Plan
 from coterie.lm.bank import AdapterBank
@@ -65,11 +65,11 @@ class BaseModel:
         positions: Tensor,
         plan: Plan,
         segments: Sequence[Segment],
-        record: list[LayerActivations] | None = None,
+        record: PassActivations | None = None,
     ) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,).
 
-        What the layers computed is appended to `record`.
+        What the layers computed goes to `record` too.
         """
         with self.bank.routing(segments):
             return self._decoder(token_ids, positions, plan, record=record)
@@ -88,10 +88,17 @@ class BaseModel:
         """The same, with gradients; the backward pass has to happen inside the context.
 
         With `checkpoint` each layer keeps only its input and is computed again on the way back, which needs the same
-        routing once more. Otherwise what is `known` of the same tokens under the same weights is not computed again.
+        routing once more. What is `known`, of the same tokens under the same weights, is not computed again; adapters
+        have their gradients then when the context is left.
         """
         with self.bank.routing(segments):
-            yield self._decoder(token_ids, positions, plan, checkpoint=checkpoint, known=known)
+            if known is None:
+                yield self._decoder(token_ids, positions, plan, checkpoint=checkpoint)
+                return
+            last, hidden = self._decoder.end(known)
+            yield hidden
+            if last.grad is not None:
+                self._decoder.back(last.grad, positions, plan, known, self.bank.layers[0])
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """float32 logits (n, rows) of hidden states (n, hidden); `rows` picks vocabulary ids, None: all.

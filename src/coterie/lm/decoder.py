@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.activations import SiLUActivation
 
-from coterie.lm.activations import LayerActivations, Recalled
+from coterie.lm.activations import LayerActivations, PassActivations, Recalled
 from coterie.lm.attention import CachePlan, Plan
 from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
@@ -50,11 +50,14 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.kernels)
 
-    def of_sum(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + more, if there is any, and the norm of that; without gradients the sum is written over x."""
+    def of_sum(
+        self, x: Tensor, more: Tensor | None, known: Tensor | None = None, *, over: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """x + more, if there is any, which may be `known`, and the norm of that; without gradients the sum is written
+        `over` x."""
         if more is None:
             return x, self(x)
-        return add_rms_norm(x, more, self.weight, self.eps, self.kernels)
+        return add_rms_norm(x, more, self.weight, self.eps, self.kernels, known, over=over)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +108,26 @@ class Layer:
         sin: Tensor,
         plan: Plan,
         known: LayerActivations | None = None,
-        record: list[LayerActivations] | None = None,
+        record: PassActivations | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states x + more (T, hidden), where `more` is what the layer before left to be added -> the same of
-        this layer. Without gradients x is written over. What is `known` is not computed again; what was computed is
-        appended to `record`."""
-        x, normed = self.before_attention.of_sum(x, more)
+        this layer. Without gradients x is written over, unless there is a `record`.
+
+        What is `known` is not computed again: x is then all that came in, and what comes out is right as to its
+        gradients only.
+        """
+        x, normed = self.before_attention.of_sum(x, more, over=record is None)
         asked = self.asked(normed, known.asked if known is not None else None)
         seen = self._seen(asked, cos, sin, plan, known.seen if known is not None else None)
-        (mixed,) = self.mixed(seen, [known.mixed] if known is not None else None)
-        x, normed = self.before_mlp.of_sum(x, mixed)
+        unread = [torch.empty_like(x)] if known is not None else None
+        (mixed,) = self.mixed(seen, unread)
+        middle, normed = self.before_mlp.of_sum(x, mixed, known.middle if known is not None else None, over=record is None)
         inner = self.inner(normed, known.inner if known is not None else None)
-        (outer,) = self.outer(self._gated(*inner), [known.outer] if known is not None else None)
+        unread = [torch.empty_like(x)] if known is not None else None
+        (outer,) = self.outer(self._gated(*inner), unread)
         if record is not None:
-            record.append(LayerActivations(asked, seen, mixed, inner, outer))
-        return x, outer
+            record.layers.append(LayerActivations(x, asked, seen, middle, inner))
+        return middle, outer
 
     def _seen(
         self, asked: Sequence[Tensor], cos: Tensor, sin: Tensor, plan: Plan, known: Tensor | None
@@ -170,21 +178,44 @@ class Decoder:
         plan: Plan,
         *,
         checkpoint: bool = False,
-        known: Recalled | None = None,
-        record: list[LayerActivations] | None = None,
+        record: PassActivations | None = None,
     ) -> Tensor:
         """Last hidden states (T, hidden) of packed tokens; token_ids and positions are int64 (T,).
 
-        With `checkpoint` each layer keeps its input only and is computed again on the way back; otherwise what is
-        `known` of the layers is taken from there, and what they computed is appended to `record`.
+        With `checkpoint` each layer keeps its input only and is computed again on the way back. What is computed goes
+        to `record` too.
         """
         x: Tensor = self._embed(token_ids)
-        # (1, T, dim), the two halves alike
-        cos, sin = (part[0, :, None, : part.shape[-1] // 2] for part in self._rotary(x, positions[None]))
+        cos, sin = self._angles(x, positions)
         more: Tensor | None = None
         for layer in self.layers:
             if checkpoint:
                 x, more = recompute(layer, x, more, cos, sin, plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, more = layer(x, more, cos, sin, plan, known.layer(layer.number) if known is not None else None, record)
-        return self._norm.of_sum(x, more)[1]
+                x, more = layer(x, more, cos, sin, plan, record=record)
+        x, normed = self._norm.of_sum(x, more, over=record is None)
+        if record is not None:
+            record.last = x
+        return normed
+
+    def end(self, known: Recalled) -> tuple[Tensor, Tensor]:
+        """What came out of the last layer, a leaf that takes the gradient, and the last hidden states (T, hidden)."""
+        last = known.last().requires_grad_()
+        return last, self._norm(last)
+
+    def back(self, grad: Tensor, positions: Tensor, plan: Plan, known: Recalled, lowest: int) -> None:
+        """The way back from the gradient (T, hidden) at what came out of the last layer, a layer at a time down to the
+        `lowest` that has adapters: their gradients are what comes of it."""
+        cos, sin = self._angles(grad, positions)
+        for layer in reversed(self.layers[lowest:]):
+            made = known.layer(layer.number)
+            x = made.x.requires_grad_(layer.number > lowest)
+            torch.autograd.backward(layer(x, None, cos, sin, plan, made), [grad, grad])
+            if x.grad is not None:
+                grad = x.grad
+
+    def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (T, 1, dim / 2) of the rotations at these positions."""
+        # (1, T, dim), the two halves alike
+        cos, sin = (part[0, :, None, : part.shape[-1] // 2] for part in self._rotary(like, positions[None]))
+        return cos, sin

@@ -69,35 +69,62 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels | None = No
 class _AddedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, x: Tensor, more: Tensor, weight: Tensor, eps: float
+        ctx: Any, kernels: Kernels, x: Tensor, more: Tensor, weight: Tensor, eps: float, known: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        total, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-        out = kernels.add_rms_norm(x, more, weight, eps, total, inverse)
+        inverse = x.new_empty(len(x), dtype=torch.float32)
+        if known is None:
+            total = torch.empty_like(x)
+            out = kernels.add_rms_norm(x, more, weight, eps, total, inverse)
+        else:
+            total, out = known, kernels.rms_norm(known, weight, eps, inverse)
         ctx.kernels = kernels
         ctx.save_for_backward(total, weight, inverse)
         return total, out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
         total, weight, inverse = ctx.saved_tensors
         of_total, of_out = (grad.contiguous() for grad in grads)
         grad = ctx.kernels.rms_norm_backward(of_out, total, weight, inverse, of_total)
-        return None, grad, grad, None, None
+        return None, grad, grad, None, None, None
+
+
+class _KnownSum(torch.autograd.Function):
+    """x + more, which was computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, more: Tensor, known: Tensor) -> Tensor:
+        return known
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], grads[0], None
 
 
 def add_rms_norm(
-    x: Tensor, more: Tensor, weight: Tensor, eps: float, kernels: Kernels | None = None
+    x: Tensor,
+    more: Tensor,
+    weight: Tensor,
+    eps: float,
+    kernels: Kernels | None = None,
+    known: Tensor | None = None,
+    *,
+    over: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """x + more, which without gradients is written over x, and `rms_norm` of it; x and more contiguous (n, size)."""
+    """x + more, and `rms_norm` of it; x and more contiguous (n, size).
+
+    The sum is `known` if it was computed before. Without gradients it may be written `over` x.
+    """
     if not torch.is_grad_enabled():
+        total = x if over else torch.empty_like(x)
         if kernels is not None:
-            return x, kernels.add_rms_norm(x, more, weight, eps, x)
-        x.add_(more)
-        return x, rms_norm(x, weight, eps)
+            return total, kernels.add_rms_norm(x, more, weight, eps, total)
+        torch.add(x, more, out=total)
+        return total, rms_norm(total, weight, eps)
     if kernels is not None:
-        compiled: tuple[Tensor, Tensor] = _AddedRMSNorm.apply(kernels, x, more, weight, eps)  # type: ignore[no-untyped-call]
+        compiled: tuple[Tensor, Tensor] = _AddedRMSNorm.apply(kernels, x, more, weight, eps, known)  # type: ignore[no-untyped-call]
         return compiled
-    total = x + more
+    total = x + more if known is None else _KnownSum.apply(x, more, known)  # type: ignore[no-untyped-call]
     return total, rms_norm(total, weight, eps)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from coterie.inference.local.cache import Node, PrefixCache
-from coterie.lm.activations import LayerActivations, Recalled, nbytes
+from coterie.lm.activations import PassActivations, Recalled
 from coterie.lm.forest import Forest
 from coterie.lm.native.kernels import Kernels
 from coterie.types import AdapterVersion
@@ -44,11 +44,11 @@ class Kept:
     def _wanted(self) -> bool:
         return self._listening and self._cache.activations.nbytes < self._most_bytes
 
-    def begin(self) -> list[LayerActivations] | None:
+    def begin(self) -> PassActivations | None:
         """Where a pass puts its activations; None: they are not wanted."""
-        return [] if self._wanted else None
+        return PassActivations() if self._wanted else None
 
-    def end(self, made: list[LayerActivations] | None, nodes: Sequence[Node]) -> None:
+    def end(self, made: PassActivations | None, nodes: Sequence[Node]) -> None:
         """`nodes` went through a pass; `made` is what it put where `begin` said."""
         if made is None:
             return
@@ -56,7 +56,7 @@ class Kept:
         for row, node in enumerate(nodes):
             node.kept = len(store.passes), row
         store.passes.append(made)
-        store.nbytes += nbytes(made)
+        store.nbytes += made.nbytes
 
     def take_logits(self, logits: Tensor, nodes: Sequence[Node]) -> None:
         """Logits (n, vocabulary) of nodes, which nobody writes over; they are kept if they are wanted."""
