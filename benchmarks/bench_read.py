@@ -58,10 +58,12 @@ class Measured:
         around = self.rounds[run["round"]]
         return fmean((around["before"][kind], around["after"][kind]))
 
-    def limit(self, run: Run, phase: str | None = None) -> float:
-        """Seconds the floating-point operations of a repetition, or of one phase of it, take at best."""
+    def limit(self, run: Run, phase: str | None = None, *, separate: bool = False) -> float:
+        """Seconds the floating-point operations of a repetition, or of one phase of it, take at best; `separate`: of a
+        phase that computes all it needs itself. Before phases handed anything on, that was the same."""
         measured = run if phase is None else run["phases"][phase]
-        return float(measured["flops"] / self.rate(run, "matmul"))
+        flops = measured.get("separate_flops", measured["flops"]) if separate else measured["flops"]
+        return float(flops / self.rate(run, "matmul"))
 
     def profile(self, phase: str) -> dict[str, float]:
         """Share of each kind of work in a phase's time, largest first; empty when it was not profiled.

@@ -71,7 +71,9 @@ class PhaseMeasure:
 
     seconds: float
     flops: float
-    """Least floating-point operations."""
+    """Least floating-point operations, where rollout hands its forward pass on to learning."""
+    separate_flops: float
+    """Least floating-point operations of a phase that computes all it needs itself."""
     sampled: int
     """Tokens sampled, or trained on."""
     distinct: int
@@ -157,16 +159,18 @@ class Meter:
 
     def _measured(self, record: UpdateRecord) -> UpdateMeasure:
         rollout, learning = self._work()
+        played, learned = self._rollout_flops(rollout), self._learning_flops(learning)
+        recalled = self._recalled_flops(learning, record)
         turns = sum(len(t.turns) for e in self._episodes for t in e.trajectories.values())
         phases = {
-            ROLLOUT: self._phase(record.seconds["rollout"], rollout, self._rollout_flops(rollout)),
-            LEARNING: self._phase(record.seconds["learn"], learning, self._learning_flops(learning)),
+            ROLLOUT: self._phase(record.seconds["rollout"], rollout, played, played),
+            LEARNING: self._phase(record.seconds["learn"], learning, learned - recalled, learned),
         }
         return UpdateMeasure(record.seconds["total"], phases, turns)
 
     @staticmethod
-    def _phase(seconds: float, work: Work, flops: float) -> PhaseMeasure:
-        return PhaseMeasure(seconds, flops, work.sampled, work.distinct, work.naive)
+    def _phase(seconds: float, work: Work, flops: float, separate: float) -> PhaseMeasure:
+        return PhaseMeasure(seconds, flops, separate, work.sampled, work.distinct, work.naive)
 
     def _work(self) -> tuple[Work, Work]:
         """What the last update's rollout and learning had to compute."""
@@ -208,6 +212,16 @@ class Meter:
         if isinstance(credit, Magnetised) and credit.magnet.strength > 0 and not (known and credit.magnet.every == 0):
             flops += forward_flops(self.shape, work, adapters)
         return flops
+
+    def _recalled_flops(self, work: Work, record: UpdateRecord) -> float:
+        """Of the forward pass over tokens that rollout had computed."""
+        from coterie.lm.cost import forward_flops
+
+        packed = record.metrics["learn/packed_tokens"]
+        if not packed:
+            return 0.0
+        share = record.metrics["learn/recalled_tokens"] / packed * self.environment.config.learner.passes
+        return share * forward_flops(self.shape, work, self._ranked(work))
 
     def _ranked(self, work: Work) -> Adapters:
         from dataclasses import replace

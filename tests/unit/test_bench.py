@@ -88,7 +88,10 @@ def test_the_meter_counts_the_distinct_tokens_of_rollout_and_learning(config: Ru
     # the entropy bonus keeps every turn, so both phases see the same prefixes, and the learner computes no other
     assert rollout.distinct == learning.distinct == len(prefixes) == packed
     assert rollout.sampled == sum(len(turn.token_ids) for turn in turns)
-    assert learning.flops > 2 * rollout.flops > 0
+    # a forward and a backward pass, of which rollout hands on the first
+    assert learning.separate_flops > 2 * rollout.flops > 0
+    assert learning.separate_flops - learning.flops == pytest.approx(rollout.flops)
+    assert rollout.separate_flops == rollout.flops
     assert measured.seconds >= rollout.seconds + learning.seconds
     assert rollout.naive > rollout.distinct
 
@@ -131,7 +134,7 @@ def test_bench_measures_and_profiles(config: RunConfig) -> None:
 
 def test_figures_are_medians_and_limits_use_the_rates_around_an_update() -> None:
     def update(seconds: float, flops: float) -> UpdateMeasure:
-        measure = PhaseMeasure(seconds, flops, sampled=100, distinct=50, naive=400)
+        measure = PhaseMeasure(seconds, flops, flops, sampled=100, distinct=50, naive=400)
         return UpdateMeasure(2 * seconds, dict.fromkeys(PHASES, measure), 10)
 
     report = BenchReport({}, (1e9, 3e9, 3e9, 1e9), (update(2.0, 2e9), update(4.0, 3e9), update(10.0, 4e9)))

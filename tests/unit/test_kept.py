@@ -1,4 +1,4 @@
-"""What rollout computed serves the learner: the same gradients without a forward pass, and never under other weights."""
+"""What rollout computed serves the learner: the same gradients without a forward pass, never under other weights."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from coterie.config import LearnerConfig
+from coterie.config import LearnerConfig, parse_config
+from coterie.environment import MultiModelEnvironment
 from coterie.inference.local.engine import LocalEngine
 from coterie.lm import attention, bank, products
 from coterie.lm import base as base_module
 from coterie.lm.base import BaseModel
 from coterie.lm.linear import Siblings
 from coterie.lm.products import OutputMatrix
+from coterie.lm.tiny import FAMILIES, tiny_random
 from coterie.models import ModelConfig
+from coterie.monitor.metrics import UpdateRecord
 from coterie.training.base import LearnerStats, StepStats
 from coterie.training.batch import Batch, build_batch
 from coterie.training.learner import Learner
@@ -141,6 +145,46 @@ def test_gradients_are_those_of_a_forward_pass(
         assert (ours - theirs).norm() <= close * theirs.norm() > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_recalls(tmp_path: Path, make_base: MakeBase, family: str) -> None:
+    path = tiny_random(tmp_path / family, seed=3, family=family)  # type: ignore[arg-type]
+    base = _stirred(make_base(model=str(path)))
+    engine, batch = _played(base)
+    anew, _ = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1), batch)
+    recalled, stats = _gradients(base, Learner(base, MODELS, LearnerConfig(), 1, kept=engine.kept), batch)
+    assert stats.recalled_tokens == stats.packed_tokens
+    for ours, theirs in zip(recalled, anew, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() > 0
+
+
+def test_a_run_recalls_and_learns_the_same(tiny_path: Path) -> None:
+    def trained(megabytes: int | None) -> tuple[list[UpdateRecord], torch.Tensor]:
+        config = parse_config(
+            {
+                "updates": 3, "seed": 4, "mode": "competitive", "models": [{"model_id": "a"}, {"model_id": "b"}],
+                "base": {"model": str(tiny_path), "threads": 1, "dtype": "float32"},
+                "engine": {"activations_mb": megabytes}, "credit": {"scheme": "magnetic"},
+                "scenario": {"id": "matrix", "options": {"game": "prisoners_dilemma", "rounds": 2}},
+                "rollout": {"tasks_per_update": 2, "group_size": 6}, "evaluation": {"tasks": 0},
+            }
+        )  # fmt: skip
+        environment = MultiModelEnvironment(config=config)
+        try:
+            records = asyncio.run(environment.train_cycles(3))
+            flat = torch.cat([environment.base.bank.training(name).flat.detach().clone() for name in ("a", "b")])
+        finally:
+            asyncio.run(environment.aclose())
+        return records, flat
+
+    with_them, ours = trained(None)
+    without, theirs = trained(0)
+    for one, other in zip(with_them, without, strict=True):
+        packed = one.metrics["learn/packed_tokens"]
+        assert one.metrics["learn/recalled_tokens"] == packed == other.metrics["learn/packed_tokens"] > 0
+        assert other.metrics["learn/recalled_tokens"] == 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
 def test_parts_of_an_update_are_recalled_by_themselves(make_base: MakeBase) -> None:
     base = _stirred(make_base())
     engine, batch = _played(base, tokens_per_pass=32)
@@ -217,7 +261,7 @@ def test_checkpointing_asks_for_nothing(make_base: MakeBase) -> None:
 
 def test_without_an_engine_there_is_nothing_to_listen_to(make_base: MakeBase) -> None:
     base = _stirred(make_base())
-    engine, batch = _played(base)
+    _, batch = _played(base)
     learner = Learner(base, MODELS, LearnerConfig(), 1)
     with learner.listening():
         assert learner.step(batch, 1).recalled_tokens == 0

@@ -102,7 +102,8 @@ def test_an_update_is_held_against_the_faster_peer_and_the_limit() -> None:
     assert "- reached: faster than the faster TRL (TRL, tuned (float32)): 20.0 times (aimed at: at least 15)" in text
     # 2 GFLOP at 2 GFLOP/s
     assert "| Coterie, learning | 1.20 (1.20 to 1.20) | 400 | 50 | 2 | 1.00 | 1.20 (1.20 to 1.20) |" in text
-    assert "- reached: the learner's time against its limit: 1.20 times (aimed at: at most 1.5)" in text
+    assert "- reached: the learner's time against the limit of a forward and a backward pass" in text
+    assert "over its packed tokens: 1.20 times (aimed at: at most 1.5)" in text
 
 
 def test_what_is_not_reached_says_what_bounds_it() -> None:
@@ -110,8 +111,17 @@ def test_what_is_not_reached_says_what_bounds_it() -> None:
     assert "- **not reached**: faster than the faster TRL (TRL, tuned (float32)): 10.0 times" in text
     assert "Coterie is at 2.0 times the limit, and at the limit it would be 20.0" in text
     assert "rollout is 50 % of the update (matrix products 60 %, attention 30 %, Python 10 %)" in text
-    assert "- **not reached**: the learner's time against its limit: 2.00 times" in text
+    assert "- **not reached**: the learner's time against the limit of a forward and a backward pass" in text
+    assert "over its packed tokens: 2.00 times" in text
     assert "matrix products alone take 1.20 times the limit" in text
+
+
+def test_a_learner_that_is_handed_the_forward_pass_is_held_against_both_limits() -> None:
+    results = update(ours=2.0, tuned=40.0)
+    for run in results["entries"]["Coterie"]["runs"]:
+        run["phases"]["learning"]["separate_flops"] = 4e9
+    text = section(written({"update-small": results}), "A whole update, short answers")
+    assert "(rollout hands it the forward pass; against the limit of what it still has to do: 1.20): 0.60 times" in text
 
 
 def test_generation_is_held_against_bare_transformers_vllm_and_itself() -> None:

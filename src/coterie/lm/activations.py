@@ -79,7 +79,9 @@ class Store:
 class Recalled:
     """Activations of packed tokens that several passes computed, in packed order."""
 
-    def __init__(self, store: Store, which: NDArray[np.int64], rows: NDArray[np.int64], kernels: Kernels | None) -> None:
+    def __init__(
+        self, store: Store, which: NDArray[np.int64], rows: NDArray[np.int64], kernels: Kernels | None
+    ) -> None:
         """`which` (T,): the pass each packed token went through. `rows` (T,): its row there."""
         self._passes, self._logits, self._logits_of = tuple(store.passes), tuple(store.logits), store.logits_of
         self._which, self._rows, self._kernels = which, rows, kernels

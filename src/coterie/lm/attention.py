@@ -27,9 +27,7 @@ from coterie.lm.native.operands import Sights
 class Plan(Protocol):
     """Which keys each packed token sees."""
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None) -> Tensor:
         """q (T, heads, dim), k and v (T, kv_heads, dim) of the packed tokens -> (T, heads, dim): `known`, if that was
         computed before."""
         ...
@@ -56,9 +54,7 @@ class TreePlan:
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     """Additive masks by (block, dtype), filled at the first layer and used by all; where nothing is compiled."""
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None) -> Tensor:
         kernels = kernels_for(q.dtype, q.device)
         if kernels is not None and kernels.attends_trees(q.shape[1], k.shape[1], q.shape[2]):
             listed: Tensor = _ListedAttention.apply(kernels, self.sights, q, k, v, scale, known)  # type: ignore[no-untyped-call]
@@ -242,9 +238,7 @@ class CachePlan:
         assert see is not None
         return kernels.attend(q, k, v, cos, sin, self.keys[layer], self.values[layer], self.slots, see, scale)
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, known: Tensor | None = None) -> Tensor:
         pool_k, pool_v = self.keys[layer], self.values[layer]
         pool_k.index_copy_(1, self.slots, k.transpose(0, 1))
         pool_v.index_copy_(1, self.slots, v.transpose(0, 1))

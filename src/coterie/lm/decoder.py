@@ -107,30 +107,35 @@ class Layer:
         cos: Tensor,
         sin: Tensor,
         plan: Plan,
-        known: LayerActivations | None = None,
         record: PassActivations | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states x + more (T, hidden), where `more` is what the layer before left to be added -> the same of
-        this layer. Without gradients x is written over, unless there is a `record`.
-
-        What is `known` is not computed again: x is then all that came in, and what comes out is right as to its
-        gradients only.
-        """
+        this layer. Without gradients x is written over, unless there is a `record`."""
         x, normed = self.before_attention.of_sum(x, more, over=record is None)
-        asked = self.asked(normed, known.asked if known is not None else None)
-        seen = self._seen(asked, cos, sin, plan, known.seen if known is not None else None)
-        unread = [torch.empty_like(x)] if known is not None else None
-        (mixed,) = self.mixed(seen, unread)
-        middle, normed = self.before_mlp.of_sum(x, mixed, known.middle if known is not None else None, over=record is None)
-        inner = self.inner(normed, known.inner if known is not None else None)
-        unread = [torch.empty_like(x)] if known is not None else None
-        (outer,) = self.outer(self._gated(*inner), unread)
+        asked = self.asked(normed)
+        seen = self._seen(asked, cos, sin, plan)
+        (mixed,) = self.mixed(seen)
+        middle, normed = self.before_mlp.of_sum(x, mixed, over=record is None)
+        inner = self.inner(normed)
+        (outer,) = self.outer(self._gated(*inner))
         if record is not None:
             record.layers.append(LayerActivations(x, asked, seen, middle, inner))
         return middle, outer
 
+    def again(self, known: LayerActivations, cos: Tensor, sin: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The same for the way back, of a pass whose activations are known: only what costs little is computed, and
+        what is returned is right as to its gradients, not its values."""
+        x = known.x
+        asked = self.asked(self.before_attention(x), known.asked)
+        seen = self._seen(asked, cos, sin, plan, known.seen)
+        (mixed,) = self.mixed(seen, [torch.empty_like(x)])
+        middle, normed = self.before_mlp.of_sum(x, mixed, known.middle)
+        inner = self.inner(normed, known.inner)
+        (outer,) = self.outer(self._gated(*inner), [torch.empty_like(x)])
+        return middle, outer
+
     def _seen(
-        self, asked: Sequence[Tensor], cos: Tensor, sin: Tensor, plan: Plan, known: Tensor | None
+        self, asked: Sequence[Tensor], cos: Tensor, sin: Tensor, plan: Plan, known: Tensor | None = None
     ) -> Tensor:
         """What attention makes of queries, keys and values."""
         q, k, v = self._heads(asked)
@@ -192,7 +197,7 @@ class Decoder:
             if checkpoint:
                 x, more = recompute(layer, x, more, cos, sin, plan, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, more = layer(x, more, cos, sin, plan, record=record)
+                x, more = layer(x, more, cos, sin, plan, record)
         x, normed = self._norm.of_sum(x, more, over=record is None)
         if record is not None:
             record.last = x
@@ -209,10 +214,10 @@ class Decoder:
         cos, sin = self._angles(grad, positions)
         for layer in reversed(self.layers[lowest:]):
             made = known.layer(layer.number)
-            x = made.x.requires_grad_(layer.number > lowest)
-            torch.autograd.backward(layer(x, None, cos, sin, plan, made), [grad, grad])
-            if x.grad is not None:
-                grad = x.grad
+            made.x.requires_grad_(layer.number > lowest)
+            torch.autograd.backward(layer.again(made, cos, sin, plan), [grad, grad])
+            if made.x.grad is not None:
+                grad = made.x.grad
 
     def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (T, 1, dim / 2) of the rotations at these positions."""

@@ -61,7 +61,7 @@ METRICS: dict[str, str] = {
     "learn/<model>/learning_rate": "Of this update, after warm-up and decay.",
     "learn/<model>/tokens": "Its sampled tokens that had an alternative; only these carry gradient.",
     "learn/packed_tokens": "Distinct tokens that went through the base, all passes together; what learning cost.",
-    "learn/recalled_tokens": "Of these, how many rollout had computed under the same weights: only the way back was left.",
+    "learn/recalled_tokens": "Of these, how many rollout had computed with the same weights: the way back was left.",
     "learn/naive_tokens": "Tokens one sequence at a time would have needed; over packed_tokens it is the saving.",
 }
 """Name pattern -> how to read it in one line. Parts in <> stand for any text without "/"."""

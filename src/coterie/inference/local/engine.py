@@ -21,8 +21,8 @@ import torch
 from coterie.errors import EngineError, RequestError
 from coterie.inference.base import check_request
 from coterie.inference.local.cache import Node, PrefixCache
-from coterie.inference.local.kept import Kept
 from coterie.inference.local.choices import TrieNode, build_trie
+from coterie.inference.local.kept import Kept
 from coterie.inference.local.sampler import (
     GREEDY,
     Distribution,
