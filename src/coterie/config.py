@@ -124,7 +124,7 @@ class EngineConfig(Section):
     """Distinct new tokens computed in one forward pass."""
     activations_mb: int | None = Field(default=None, ge=0)
     """Megabytes of what a rollout computed that may be kept until its update, which then needs no forward pass of its
-    own. Nothing: a sixth of the machine's memory, or 0 on a graphics card."""
+    own. Nothing: a quarter of the machine's memory, or 0 on a graphics card."""
     calibration: bool = True
     """Whether a fixed bias per seat and choice set takes the base model's prior out of choices."""
     calibration_tasks: int = Field(default=40, ge=4)

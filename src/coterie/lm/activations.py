@@ -80,11 +80,24 @@ class Recalled:
     """Activations of packed tokens that several passes computed, in packed order."""
 
     def __init__(
-        self, store: Store, which: NDArray[np.int64], rows: NDArray[np.int64], kernels: Kernels | None
+        self,
+        passes: Sequence[PassActivations],
+        store: Store,
+        which: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        kernels: Kernels | None,
+        computed: int = 0,
     ) -> None:
-        """`which` (T,): the pass each packed token went through. `rows` (T,): its row there."""
-        self._passes, self._logits, self._logits_of = tuple(store.passes), tuple(store.logits), store.logits_of
+        """
+        Args:
+            passes: those of `store`, and perhaps one more.
+            which: (T,) the pass each packed token went through.
+            rows: (T,) its row there.
+            computed: tokens of which nothing was known until now.
+        """
+        self._passes, self._logits, self._logits_of = passes, store.logits, store.logits_of
         self._which, self._rows, self._kernels = which, rows, kernels
+        self.computed = computed
 
     def logits(self, places: Sequence[int]) -> Tensor | None:
         """Those of some packed tokens, a new tensor (n, vocabulary); None: some were never made."""

@@ -143,7 +143,7 @@ class Learner:
         scale = torch.tensor([1.0 / max(1, n) for n in batch.turns], device=device)
         known = self._recalled(forest, [model_id for model_id, _, _ in owned])
         if known is not None:
-            stats.recalled_tokens += forest.size
+            stats.recalled_tokens += forest.size - known.computed
         checkpoint = self.config.gradient_checkpointing
         with base.trained(ids, positions, plan, segments, checkpoint=checkpoint, known=known) as hidden:
             if first:
@@ -154,7 +154,7 @@ class Learner:
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     def _recalled(self, forest: Forest, owners: Sequence[ModelId]) -> Recalled | None:
-        """What the engine computed for all these tokens, if the weights are still those it computed with."""
+        """What the engine computed for these tokens, if the weights are still those it computed with."""
         if self._kept is None or self.config.gradient_checkpointing:
             return None
         versions = [self.base.bank.standing(model_id) for model_id in owners]

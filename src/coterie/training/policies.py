@@ -120,7 +120,7 @@ def _kept_bytes(megabytes: int | None, device: torch.device) -> int:
     """See `EngineConfig.activations_mb`."""
     if megabytes is not None:
         return megabytes * 10**6
-    return 0 if device.type != "cpu" else _memory_bytes() // 6
+    return 0 if device.type != "cpu" else _memory_bytes() // 4
 
 
 def _memory_bytes() -> int:

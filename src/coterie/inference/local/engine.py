@@ -33,6 +33,7 @@ from coterie.inference.local.sampler import (
     uniform,
 )
 from coterie.inference.local.scheduler import Pass, attention_rows, buckets, plan_pass, sights
+from coterie.lm.activations import PassActivations
 from coterie.lm.attention import CachePlan
 from coterie.lm.base import BaseModel
 from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
@@ -92,7 +93,7 @@ class LocalEngine:
         one is a copy too, so that turns may be generated while the learner changes the weights."""
         self.base = base
         self.cache = PrefixCache(base.layers, base.kv_heads, base.head_dim, cache_tokens, base.dtype, base.device)
-        self.kept = Kept(self.cache, kept_bytes, base.kernels)
+        self.kept = Kept(self.cache, kept_bytes, base.kernels, self._again)
         self.tokens_per_pass = tokens_per_pass
         self._kept_versions = kept_versions
         self.tokens_computed = 0
@@ -260,7 +261,9 @@ class LocalEngine:
                 if _fresh(work) > self.cache.free:
                     self._keep_only([todo[0][1]])
                     work = plan_pass(todo[:1], self.cache.free, self._place)
-            self._forward(work)
+            record = self.kept.begin()
+            self._forward(work, record)
+            self.kept.end(record, work.nodes)
             served += work.served
         return [run for run in self._runs if run.node.hidden is not None]
 
@@ -283,8 +286,16 @@ class LocalEngine:
             nodes.append(node)
         return nodes
 
+    def _again(self, work: Pass) -> PassActivations | None:
+        """Activations of nodes that have none, their parents computed before them; None: the cache has no room."""
+        if _fresh(work) > self.cache.free:
+            return None
+        made = PassActivations()
+        self._forward(work, made)
+        return made
+
     @torch.no_grad()
-    def _forward(self, work: Pass) -> None:
+    def _forward(self, work: Pass, record: PassActivations | None = None) -> None:
         device = self.base.device
         self.cache.take(node for node in work.nodes if node.slot < 0)
         rows = attention_rows(work.nodes)
@@ -293,7 +304,6 @@ class LocalEngine:
         slots = torch.tensor([node.slot for node in work.nodes], device=device)
         plan = CachePlan(self.cache.keys, self.cache.values, slots, made, order, listed)
         segments = [(self.base.bank.get(v), start, end) for v, start, end in work.segments if v is not None]
-        record = self.kept.begin()
         hidden = self.base.hidden(
             torch.tensor([node.token for node in work.nodes], device=device),
             torch.tensor([node.depth for node in work.nodes], device=device),
@@ -301,8 +311,7 @@ class LocalEngine:
             segments,
             record,
         )
-        self.kept.end(record, work.nodes)
-        wanted = hidden.index_select(0, torch.tensor(work.wanted, device=device))
+        wanted = hidden.index_select(0, torch.tensor(work.wanted, dtype=torch.int64, device=device))
         for index, state in zip(work.wanted, wanted.unbind(), strict=True):
             work.nodes[index].hidden = state
         self.tokens_computed += len(work.nodes)

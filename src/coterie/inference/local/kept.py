@@ -1,20 +1,22 @@
 """What rollout computed, for the learner that puts the same tokens through the same weights next.
 
     listening()  meanwhile passes hand their activations over, by reference, up to so many bytes
-    recall()     those of a forest's tokens, if every one of them is there
+    recall()     those of a forest's tokens; what is missing is computed
 
 Whatever empties the cache, publication above all, empties this with it: nothing is kept of older weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
 
 from coterie.inference.local.cache import Node, PrefixCache
+from coterie.inference.local.scheduler import Pass
 from coterie.lm.activations import PassActivations, Recalled
 from coterie.lm.forest import Forest
 from coterie.lm.native.kernels import Kernels
@@ -24,17 +26,30 @@ from coterie.types import AdapterVersion
 class Kept:
     """Activations of the passes that filled a cache."""
 
-    def __init__(self, cache: PrefixCache, most_bytes: int, kernels: Kernels | None) -> None:
-        """`most_bytes`: once this many are kept, later passes hand nothing over."""
+    def __init__(
+        self,
+        cache: PrefixCache,
+        most_bytes: int,
+        kernels: Kernels | None,
+        compute: Callable[[Pass], PassActivations | None],
+    ) -> None:
+        """
+        Args:
+            most_bytes: once this many are kept, later passes hand nothing over.
+            compute: a pass over nodes whose parents are in the cache or come before them; None: there is no room.
+        """
         self._cache = cache
         self._most_bytes = most_bytes
         self._kernels = kernels
+        self._compute = compute
         self._listening = False
+        self._thread = -1
+        """That of the engine."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Meanwhile what is computed is kept."""
-        self._listening = True
+        self._listening, self._thread = True, threading.get_ident()
         try:
             yield
         finally:
@@ -70,21 +85,36 @@ class Kept:
         store.nbytes += logits.nbytes
 
     def recall(self, forest: Forest, versions: Sequence[AdapterVersion]) -> Recalled | None:
-        """Activations of all tokens of `forest`, whose segments are of `versions`; None: some are missing."""
-        if not self._cache.activations.passes:
+        """Activations of all tokens of `forest`, whose segments are of `versions`.
+
+        Those that are missing are computed, with the keys and values of the others. None: nothing is known of a
+        version, there is no room to compute what is missing, or an engine may be at work in another thread.
+        """
+        store = self._cache.activations
+        if not store.passes:
             return None
         parents = forest.parents.tolist()
         nodes: list[Node] = []
-        which, rows = np.empty(forest.size, np.int64), np.empty(forest.size, np.int64)
         for version, (_, start, end) in zip(versions, forest.segments, strict=True):
             root = self._cache.root(version)
             if root is None:
                 return None
             for place, token in enumerate(forest.token_ids[start:end].tolist(), start):
-                parent = nodes[parents[place]] if parents[place] >= 0 else root
-                node = parent.children.get(token)
-                if node is None or node.kept is None:
-                    return None
-                nodes.append(node)
-                which[place], rows[place] = node.kept
-        return Recalled(self._cache.activations, which, rows, self._kernels)
+                nodes.append((nodes[parents[place]] if parents[place] >= 0 else root).child(token))
+        # what lost its keys and values is computed too: others may need them
+        missing = [place for place, node in enumerate(nodes) if node.kept is None or node.slot < 0]
+        passes = list(store.passes)
+        if missing:
+            segments, at = [], 0
+            for version, (_, start, end) in zip(versions, forest.segments, strict=True):
+                count = sum(start <= place < end for place in missing)
+                segments.append((version, at, at + count))
+                at += count
+            work = Pass(tuple(nodes[place] for place in missing), tuple(segments), (), 0)
+            made = self._compute(work) if threading.get_ident() == self._thread else None
+            if made is None:
+                return None
+            passes.append(made)
+        which, rows = (np.array(column) for column in zip(*(node.kept or (-1, -1) for node in nodes), strict=True))
+        which[missing], rows[missing] = len(store.passes), np.arange(len(missing))
+        return Recalled(passes, store, which, rows, self._kernels, computed=len(missing))
