@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from coterie.lm.activations import LayerActivations, PassActivations, Recalled
 from coterie.lm.attention import CachePlan, Plan
 from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
+from coterie.lm.native.decoding import WholeLayer, WholePass
 from coterie.lm.native.kernels import Kernels
 from coterie.lm.products import MOST_PACKED, packable
 
@@ -122,6 +123,21 @@ class Layer:
             record.layers.append(LayerActivations(x, asked, seen, middle, inner))
         return middle, outer
 
+    def whole(self) -> WholeLayer | None:
+        """The layer as one call of compiled code; None: there is none for such a layer, here."""
+        groups = self.asked.group(), self.mixed.group(), self.inner.group(), self.outer.group()
+        plain = self.queries is None and isinstance(self.activation, _SILU)
+        asked, mixed, inner, outer = groups
+        if not plain or asked is None or mixed is None or inner is None or outer is None:
+            return None
+        kv_heads = asked.sizes[1] // self.head_dim
+        return WholeLayer(
+            (asked, mixed, inner, outer),
+            ((self.before_attention.weight, self.before_attention.eps), (self.before_mlp.weight, self.before_mlp.eps)),
+            (kv_heads, asked.sizes[0] // asked.sizes[1], self.head_dim),
+            self.scale,
+        )
+
     def again(self, known: LayerActivations, cos: Tensor, sin: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """The same for the way back, of a pass whose activations are known: only what costs little is computed, and
         what is returned is right as to its gradients, not its values."""
@@ -174,6 +190,9 @@ class Decoder:
         ]
         pack = packable(weights, MOST_PACKED)
         family = model.config.model_type
+        self._kernels = kernels
+        self._whole: list[WholeLayer] | None = None
+        """Layers as single calls, once they were asked for; empty: there are none."""
         self.layers = [Layer.of(i, layer, family, kernels, pack=pack) for i, layer in enumerate(inner.layers)]
 
     def __call__(
@@ -192,6 +211,9 @@ class Decoder:
         """
         x: Tensor = self._embed(token_ids)
         cos, sin = self._angles(x, positions)
+        whole = None if torch.is_grad_enabled() else self._whole_pass(cos, sin, plan, keep=record is not None)
+        if whole is not None:
+            return self._through(whole, x, cast(CachePlan, plan), record)
         more: Tensor | None = None
         for layer in self.layers:
             if checkpoint:
@@ -199,6 +221,37 @@ class Decoder:
             else:
                 x, more = layer(x, more, cos, sin, plan, record)
         x, normed = self._norm.of_sum(x, more, over=record is None)
+        if record is not None:
+            record.last = x
+        return normed
+
+    def _whole_pass(self, cos: Tensor, sin: Tensor, plan: Plan, *, keep: bool) -> WholePass | None:
+        """A pass a layer a call; None: not of this model, these adapters or this plan, or while a profiler listens."""
+        kernels = self._kernels
+        if kernels is None or kernels.telling or not isinstance(plan, CachePlan) or plan.sights is None:
+            return None
+        if self._whole is None:
+            made = [layer.whole() for layer in self.layers]
+            self._whole = [layer for layer in made if layer is not None] if all(made) else []
+        routes = [layer.asked.route for layer in self.layers] + [layer.outer.route for layer in self.layers]
+        route = next((found for found in routes if found is not None), None)
+        if not self._whole or (route is not None and route.one_by_one):
+            return None
+        ranges = route.compiled[1] if route is not None and route.compiled is not None else None
+        return WholePass(kernels, self._whole[0], (cos, sin), plan.slots, plan.sights, ranges, keep=keep)
+
+    def _through(self, whole: WholePass, x: Tensor, plan: CachePlan, record: PassActivations | None) -> Tensor:
+        """All layers, and the last norm."""
+        for layer, described, keys, values in zip(self.layers, self._whole or (), plan.keys, plan.values, strict=True):
+            made = whole(described, x, keys, values)
+            if record is not None:
+                asked, inner = (
+                    torch.split(made.asked, layer.asked.sizes, 1),
+                    torch.split(made.inner, layer.inner.sizes, 1),
+                )
+                record.layers.append(LayerActivations(made.x, asked, made.seen, made.middle, inner))
+            x = made.middle
+        x, normed = self._norm.of_sum(x, whole.left, over=record is None)
         if record is not None:
             record.last = x
         return normed

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coterie.lm.native.decoding import Group
 from coterie.lm.native.operands import Outer
 from coterie.lm.products import BackMatrix, PackedMatrix, frozen_linear
 from coterie.lm.route import Route
@@ -71,6 +72,23 @@ class Siblings:
         reason = segments[0][0].a[self.adapted[0][1]] if segments else None
         found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, self._route, known)  # type: ignore[no-untyped-call]
         return found
+
+    def group(self) -> Group | None:
+        """The layers for whole-layer kernels; None: it is not our kernels that multiply here."""
+        panels = self._packed.panels() if self._packed is not None else None
+        if panels is None:
+            return None
+        return Group(panels, self.weights[0].shape[1], tuple(self._sizes), tuple(self.adapted))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the outputs."""
+        return self._sizes
+
+    @property
+    def route(self) -> Route | None:
+        """Of the adapters; None: no layer has any."""
+        return self._route
 
     def products(self, x: Tensor) -> Sequence[Tensor]:
         """What the layers make of x without adapters, without gradients."""

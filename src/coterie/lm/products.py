@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coterie.lm.native.kernels import Kernels, kernels_for
+from coterie.lm.native.operands import Panels
 
 LEAST_ROWS = 4
 """In float32, from these on a matrix packed for oneDNN is quicker, or as quick."""
@@ -54,7 +55,9 @@ class PackedMatrix:
         """`weights`: (out_i, in) each; they and `biases` are read at the first product."""
         self._parts = tuple(weights), tuple(biases)
         self._ready: Product | None = None
-        self._any_rows = weights[0].dtype == torch.bfloat16 or _own(weights[0]) is not None
+        self._panels: Panels | None = None
+        self._kernels = _own(weights[0])
+        self._any_rows = weights[0].dtype == torch.bfloat16 or self._kernels is not None
 
     def suits(self, rows: int) -> bool:
         """Whether a product of so many rows is quicker with it than without."""
@@ -62,14 +65,26 @@ class PackedMatrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, in) -> (rows, sum of out_i), without gradients."""
+        panels = self.panels()
+        if panels is not None and self._kernels is not None:
+            return self._kernels.product([x if x.stride(1) == 1 else x.contiguous()], panels)
         if self._ready is None:
-            weights, biases = self._parts
-            bias = None
-            if any(b is not None for b in biases):
-                every = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-                bias = torch.cat([b.detach() for b in every])
-            self._ready = _packed(_joined(weights), bias)
+            self._ready = _packed(*self._joined())
         return self._ready([x])
+
+    def panels(self) -> Panels | None:
+        """The matrices as our kernels read them; None: it is not they that multiply."""
+        if self._panels is None and self._kernels is not None:
+            self._panels = self._kernels.panels(*self._joined())
+        return self._panels
+
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
+        weights, biases = self._parts
+        bias = None
+        if any(b is not None for b in biases):
+            every = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            bias = torch.cat([b.detach() for b in every])
+        return _joined(weights), bias
 
 
 class BackMatrix:

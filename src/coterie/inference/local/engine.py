@@ -1,6 +1,6 @@
 """The in-process engine: coroutines ask, one loop answers all of them together.
 
-    generate() -> a _Run waits at a cache node -> the event loop falls quiet -> passes compute every distinct waiting
+    generate() -> a Run waits at a cache node -> the event loop falls quiet -> passes compute every distinct waiting
     node once -> each run samples its token -> finished runs resolve, the others wait at their next node
 
 A step starts only when no coroutine can add another request, so what is batched together, and with it every
@@ -11,7 +11,6 @@ engine has nothing to wait for, and a thread would make the batching depend on t
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +22,7 @@ from coterie.inference.base import check_request
 from coterie.inference.local.cache import Node, PrefixCache
 from coterie.inference.local.choices import TrieNode, build_trie
 from coterie.inference.local.kept import Kept
+from coterie.inference.local.run import Run
 from coterie.inference.local.sampler import (
     GREEDY,
     Distribution,
@@ -41,36 +41,6 @@ from coterie.types import AdapterVersion, GenerateRequest, Generation, Tier
 _FORBIDDEN = -1e30
 _QUIET_ROUNDS = 3
 """Turns of the event loop without a new request after which a step starts."""
-
-
-class _Run:
-    """One request on its way."""
-
-    __slots__ = (
-        "allowed",
-        "born",
-        "distribution",
-        "entropy",
-        "future",
-        "logprobs",
-        "node",
-        "request",
-        "tokens",
-        "trie",
-    )
-
-    def __init__(self, request: GenerateRequest, node: Node, trie: TrieNode | None) -> None:
-        self.request = request
-        self.node = node
-        self.trie = trie
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.entropy: list[float] = []
-        self.allowed: list[tuple[int, ...]] = []
-        self.distribution: Distribution | None = None
-        """Of the choice made last."""
-        self.born = time.perf_counter()
-        self.future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
 
 
 class LocalEngine:
@@ -99,7 +69,7 @@ class LocalEngine:
         self.tokens_computed = 0
         """Tokens that went through the model since the engine was made."""
         self.requests_served = 0
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
         self._stepping = False
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -139,9 +109,9 @@ class LocalEngine:
     def _enqueue(self, request: GenerateRequest) -> asyncio.Future[Generation]:
         self._check(request)
         trie = build_trie(request.choices, self._stop_id(request)) if request.choices is not None else None
-        return self._wait(_Run(request, self.cache.node(request.adapter, request.prompt_ids), trie))
+        return self._wait(Run(request, self.cache.node(request.adapter, request.prompt_ids), trie))
 
-    def _wait(self, run: _Run) -> asyncio.Future[Generation]:
+    def _wait(self, run: Run) -> asyncio.Future[Generation]:
         self._runs.append(run)
         if not self._stepping:
             self._stepping = True
@@ -191,7 +161,7 @@ class LocalEngine:
                 choices=tuple((token,) for token in trie.allowed),
                 bias=request.bias,
             )
-            run = _Run(at, self.cache.node(at.adapter, at.prompt_ids), build_trie(at.choices or (), None))
+            run = Run(at, self.cache.node(at.adapter, at.prompt_ids), build_trie(at.choices or (), None))
             await self._wait(run)
             assert run.distribution is not None
             for token, p in zip(run.distribution.allowed, run.distribution.probs, strict=True):
@@ -226,7 +196,7 @@ class LocalEngine:
         else:
             self._stepping = False
 
-    def _abandon(self) -> list[_Run]:
+    def _abandon(self) -> list[Run]:
         """Forget all runs and the cache: a broken pass has taken slots that it never filled."""
         runs, self._runs = self._runs, []
         self.cache.clear()
@@ -236,13 +206,13 @@ class LocalEngine:
         """Bring every waiting run forward by one token (several where tokens are forced)."""
         self._runs = [run for run in self._runs if not run.future.done()]
         for run in self._runs:
-            self._skip_forced(run)
+            run.skip_forced()
         self._settle()
         done = self._compute()
         self._sample(done)
         self._settle()
 
-    def _compute(self) -> list[_Run]:
+    def _compute(self) -> list[Run]:
         """Compute hidden states for as many runs, in order of arrival, as the cache holds; return those runs."""
         waiting: dict[int, tuple[AdapterVersion | None, Node]] = {}
         for run in self._runs:
@@ -318,19 +288,19 @@ class LocalEngine:
 
     # -- sampling -----------------------------------------------------------------------------------------------
 
-    def _sample(self, runs: list[_Run]) -> None:
+    def _sample(self, runs: list[Run]) -> None:
         choosing = [run for run in runs if run.trie is not None]
         free = [run for run in runs if run.trie is None]
         for run, at in zip(choosing, self._distributions_at(choosing), strict=True):
             request = run.request
             run.distribution = at
             token, logprob = at.sample(uniform(request.seed, len(run.tokens))) if request.temperature else at.greedy()
-            self._advance(run, token, logprob, at.entropy, at.allowed)
+            run.advance(token, logprob, at.entropy, at.allowed)
         if free:
             self._sample_free(free)
 
     @torch.no_grad()
-    def _distributions_at(self, runs: Sequence[_Run]) -> list[Distribution]:
+    def _distributions_at(self, runs: Sequence[Run]) -> list[Distribution]:
         """What each run chooses from: one product for all that choose among the same tokens in the same way."""
         keys: list[tuple[tuple[int, ...], float, tuple[float, ...] | None]] = []
         missing: dict[Any, dict[int, Node]] = {}
@@ -353,8 +323,8 @@ class LocalEngine:
         return [cast(Distribution, run.node.memo[key]) for run, key in zip(runs, keys, strict=True)]
 
     @torch.no_grad()
-    def _sample_free(self, runs: list[_Run]) -> None:
-        groups: dict[tuple[int, float, int], list[_Run]] = {}
+    def _sample_free(self, runs: list[Run]) -> None:
+        groups: dict[tuple[int, float, int], list[Run]] = {}
         for run in runs:
             groups.setdefault((id(run.node), run.request.temperature, id(run.request.bias)), []).append(run)
         heads = [members[0] for members in groups.values()]
@@ -377,59 +347,19 @@ class LocalEngine:
             [run.request.temperature or 1.0 for run in heads],
         )
         for run, number, token, logprob in zip(members, rows, drawn.tokens, drawn.logprobs, strict=True):
-            self._advance(run, token, logprob, drawn.entropies[number], None)
-
-    def _advance(self, run: _Run, token: int, logprob: float, entropy: float, allowed: tuple[int, ...] | None) -> None:
-        run.tokens.append(token)
-        run.logprobs.append(logprob)
-        run.entropy.append(entropy)
-        if allowed is not None and run.trie is not None:
-            run.allowed.append(allowed)
-            run.trie = run.trie.children[token]
-            if run.trie.final:
-                return
-        run.node = run.node.answer(token)
-
-    def _skip_forced(self, run: _Run) -> None:
-        """Walk through tokens that have no alternative; they need no logits."""
-        while run.trie is not None and len(run.trie.allowed) == 1:
-            self._advance(run, run.trie.allowed[0], 0.0, 0.0, run.trie.allowed)
+            run.advance(token, logprob, drawn.entropies[number], None)
 
     def _settle(self) -> None:
         """Resolve the runs that are finished."""
         rest = []
         for run in self._runs:
-            request = run.request
-            if run.trie is not None:
-                if not run.trie.final:
-                    rest.append(run)
-                    continue
-                reason = "choice"
-            elif run.tokens and run.tokens[-1] in (request.stop_ids or self.base.chat.stop_ids):
-                reason = "stop"
-            elif len(run.tokens) >= request.max_tokens:
-                reason = "length"
-            else:
+            reason = run.reason(self.base.chat.stop_ids)
+            if reason is None:
                 rest.append(run)
-                continue
-            if not run.future.done():
-                run.future.set_result(self._finished(run, reason))
+            elif not run.future.done():
+                self.requests_served += 1
+                run.future.set_result(run.generation(self.tier, reason))
         self._runs = rest
-
-    def _finished(self, run: _Run, reason: str) -> Generation:
-        self.requests_served += 1
-        return Generation(
-            prompt_ids=run.request.prompt_ids,
-            token_ids=tuple(run.tokens),
-            logprobs=tuple(run.logprobs),
-            allowed=tuple(run.allowed) if run.trie is not None else None,
-            entropy=tuple(run.entropy),
-            adapter=run.request.adapter,
-            tier=self.tier,
-            finish_reason=reason,  # type: ignore[arg-type]
-            choice=run.trie.choice if run.trie is not None else None,
-            latency_s=time.perf_counter() - run.born,
-        )
 
 
 def _fresh(work: Pass) -> int:

@@ -136,8 +136,7 @@ void attend(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, in
             const int64_t* first, const int32_t* seen, T* out, int64_t tokens, int64_t kv_heads, int64_t group, int64_t dim,
             float scale, int64_t most_seen, int threads) {
     Attend<T> one = attend_of<T>(group, dim);
-#pragma omp parallel num_threads(threads)
-    {
+    team(threads, true, [=] {
         std::vector<float> scratch(group * (dim + most_seen));
         std::vector<T> turned(group * dim);
 #pragma omp for schedule(static)
@@ -157,7 +156,7 @@ void attend(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, in
             one(turned.data(), {pool_k + h * pool_head, dim}, {pool_v + h * pool_head, dim}, slots + first[t], seen[t], scale,
                 out + (t * kv_heads + h) * group * dim, scratch.data(), group, dim);
         }
-    }
+    });
 }
 
 // -- attention within a pass --------------------------------------------------------------------------------------------

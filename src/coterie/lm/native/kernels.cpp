@@ -5,6 +5,7 @@
 // Callers (coterie.lm.native) have checked types, shapes and strides; nothing here allocates beyond scratch space.
 
 #include "attention.h"
+#include "decoder_layer.h"
 #include "layers.h"
 #include "low_rank.h"
 #include "products.h"
@@ -107,4 +108,7 @@ EXPORT void attend_tree_backward_f32(const float* q, int64_t q_row, const float*
                                      int64_t most_seen, int threads) {
     attend_tree_backward({q, q_row, k, k_row, v, v_row, kv_heads, group, dim, scale}, {slots, first, seen, tokens, most_seen},
                          grad, out, grad_q, grad_k, grad_v, threads);
+}
+EXPORT void decoder_layer_f32(const DecoderLayer* layer, const DecoderPass* pass, const DecoderCall* call) {
+    decoder_layer(*layer, *pass, *call);
 }

@@ -42,6 +42,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 _FLOAT32: dict[str, tuple[Any, ...]] = {
     "pack_panels": (_P, _N, _N, _N, _N, _P, _I),
     "product": (_P, _P, _P, _N, _P, _P, _N, _N, _P, _I),
+    "decoder_layer": (_P, _P, _P),
     "attend_tree": (_P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
     "attend_tree_backward": (_P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
 }
@@ -61,6 +62,8 @@ class Kernels:
 
     def __init__(self, library: CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.telling = False
+        """Whether calls are being told to a profiler, one by one."""
         self.panel = 0
         """Outputs that `Panels` lays side by side; 0: matrix libraries are better here, or as good."""
         self._names = {**_ARGUMENTS, **(_FLOAT32 if dtype == torch.float32 else {})}
@@ -86,9 +89,11 @@ class Kernels:
 
         for name, function in plain.items():
             setattr(self, f"_{name}", event(name, function))
+        self.telling = True
         try:
             yield
         finally:
+            self.telling = False
             for name, function in plain.items():
                 setattr(self, f"_{name}", function)
 
@@ -108,6 +113,7 @@ class Kernels:
     _pick: Any
     _pack_panels: Any
     _product: Any
+    _decoder_layer: Any
     _attend_tree: Any
     _attend_tree_backward: Any
 
@@ -324,6 +330,10 @@ class Kernels:
             grad_v.data_ptr(), *_sizes(q, k), scale, see.most, torch.get_num_threads(),
         )  # fmt: skip
         return grad_q, grad_k, grad_v
+
+    def decoder_layer(self, layer: Any, work: Any, call: Any) -> None:
+        """References to the structures of `coterie.lm.native.decoding`."""
+        self._decoder_layer(layer, work, call)
 
     def gather(self, addresses: NDArray[np.int64], out: Tensor) -> None:
         """Copy the rows that begin at `addresses` (n,) to `out` (n, size), contiguous."""

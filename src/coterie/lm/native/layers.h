@@ -11,25 +11,27 @@ namespace {
 template <class T>
 void rms_norm(const T* x, int64_t x_row, const T* added, T* total, const float* weight, float eps, T* y, float* inverse,
               int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size > PARALLEL) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const T* in = x + r * x_row;
-        float sum = 0.0f;
-        if (added) {
-            const T* more = added + r * size;
-            T* out = total + r * size;
+    team(threads, rows * size > PARALLEL, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const T* in = x + r * x_row;
+            float sum = 0.0f;
+            if (added) {
+                const T* more = added + r * size;
+                T* out = total + r * size;
 #pragma omp simd
-            for (int64_t i = 0; i < size; i++) store(out[i], load(in[i]) + load(more[i]));
-            in = out;
-        }
+                for (int64_t i = 0; i < size; i++) store(out[i], load(in[i]) + load(more[i]));
+                in = out;
+            }
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < size; i++) sum += load(in[i]) * load(in[i]);
-        float inv = 1.0f / std::sqrt(sum / size + eps);
-        if (inverse) inverse[r] = inv;
-        T* out = y + r * size;
+            for (int64_t i = 0; i < size; i++) sum += load(in[i]) * load(in[i]);
+            float inv = 1.0f / std::sqrt(sum / size + eps);
+            if (inverse) inverse[r] = inv;
+            T* out = y + r * size;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) store(out[i], load(in[i]) * inv * weight[i]);
-    }
+            for (int64_t i = 0; i < size; i++) store(out[i], load(in[i]) * inv * weight[i]);
+        }
+    });
 }
 
 // y = x r w, r = (mean x^2 + eps)^(-1/2):  dx = r w g - x r^3 mean(x w g), and `added` to that, if it is not null
@@ -82,16 +84,18 @@ void rotate(const T* x, int64_t x_row, T* y, const T* cos, const T* sin, int64_t
 
 template <class T>
 void swiglu(const T* gate, int64_t gate_row, const T* up, int64_t up_row, T* y, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size > PARALLEL) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *g = gate + r * gate_row, *u = up + r * up_row;
-        T* out = y + r * size;
+    team(threads, rows * size > PARALLEL, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const T *g = gate + r * gate_row, *u = up + r * up_row;
+            T* out = y + r * size;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) {
-            float v = load(g[i]);
-            store(out[i], v / (1.0f + quick_exp(-v)) * load(u[i]));
+            for (int64_t i = 0; i < size; i++) {
+                float v = load(g[i]);
+                store(out[i], v / (1.0f + quick_exp(-v)) * load(u[i]));
+            }
         }
-    }
+    });
 }
 
 // silu'(v) = s (1 + v (1 - s)), s = 1 / (1 + exp(-v))

@@ -77,30 +77,28 @@ template <class T>
 void add_low_rank(const T* x, int64_t x_row, T* const* out, const int64_t* out_row, const int64_t* fan_out, int64_t layers,
                   const T* const* a, const T* const* b, const int64_t* ranks, const float* scales, const int64_t* starts,
                   const int64_t* ends, int64_t ranges, int64_t fan_in, int64_t most_rank, T* const* kept, int threads) {
-    std::vector<int64_t> range, first;
-    for (int64_t r = 0; r < ranges; r++)
-        for (int64_t t = starts[r]; t < ends[r]; t += TOGETHER) {
-            range.push_back(r);
-            first.push_back(t);
-        }
-    const int64_t pieces = range.size();
-#pragma omp parallel num_threads(threads) if (pieces > 1)
-    {
+    int64_t pieces = 0;
+    for (int64_t r = 0; r < ranges; r++) pieces += (ends[r] - starts[r] + TOGETHER - 1) / TOGETHER;
+    team(threads, pieces > 1, [=] {
         std::vector<float> scratch(TOGETHER * most_rank, 0.0f);
         float* inner = scratch.data();
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < pieces; p++)
+        for (int64_t p = 0; p < pieces; p++) {
+            int64_t r = 0, number = p;
+            for (int64_t here; number >= (here = (ends[r] - starts[r] + TOGETHER - 1) / TOGETHER); r++) number -= here;
+            const int64_t t = starts[r] + number * TOGETHER, rank = ranks[r];
+            auto run = ends[r] - t == 1   ? low_rank<T, 1>
+                       : ends[r] - t == 2 ? low_rank<T, 2>
+                       : ends[r] - t == 3 ? low_rank<T, 3>
+                                          : low_rank<T, 4>;
             for (int64_t l = 0; l < layers; l++) {
-                const int64_t r = range[p], t = first[p], rank = ranks[r], row = out_row[l], wide = fan_out[l];
+                const int64_t row = out_row[l], wide = fan_out[l];
                 const T *in = x + t * x_row, *left = a[l * ranges + r], *right = b[l * ranges + r];
                 T *to = out[l] + t * row, *keep = kept ? kept[l * ranges + r] + (t - starts[r]) * rank : nullptr;
-                auto run = ends[r] - t == 1   ? low_rank<T, 1>
-                           : ends[r] - t == 2 ? low_rank<T, 2>
-                           : ends[r] - t == 3 ? low_rank<T, 3>
-                                              : low_rank<T, 4>;
                 run(in, x_row, to, row, left, right, rank, fan_in, wide, scales[r], inner, keep);
             }
-    }
+        }
+    });
 }
 
 // -- gradients of the factors -------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace {
 
@@ -59,5 +62,18 @@ inline float quick_exp(float x) {
 }
 
 constexpr int64_t PARALLEL = 16384;  // elements below which waking threads costs more than they save
+
+// Let every thread of a team do `work`, which shares its loops out (omp for): of the team that is at work already, or else
+// of one of `threads`, if that is `worth` waking them.
+template <class F> inline void team(int threads, bool worth, F work) {
+#ifdef _OPENMP
+    if (omp_in_parallel()) {
+        work();
+        return;
+    }
+#endif
+#pragma omp parallel num_threads(threads) if (worth)
+    work();
+}
 
 }  // namespace

@@ -90,26 +90,28 @@ void product(const Parts& in, const float* panels, const float* bias, int64_t ro
     blocks = (rows + together - 1) / together;
     // who is done takes the next pieces: shared out beforehand, a thread that was interrupted keeps all others waiting
     const int64_t pieces = blocks * wide, chunk = std::max<int64_t>(1, std::min<int64_t>(MOST_CHUNK, pieces / (8 * threads)));
-#pragma omp parallel for num_threads(threads) if (size * out > PARALLEL) schedule(dynamic, chunk)
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t block = piece / wide, p = piece % wide, end = std::min(rows, (block + 1) * together);
-        const float* panel = panels + p * PANEL * size;
-        const int64_t columns = std::min(PANEL, out - p * PANEL);
-        // tiles of nearly equal height
-        const int64_t tiles = (end - block * together + TILE - 1) / TILE;
-        // few rows are done with a panel sooner than the next one is read from memory, so it is asked for meanwhile, a part
-        // by each tile
-        const bool more = tiles > 1 && piece + 1 < pieces;
-        const float* next = panels + (piece + 1) % wide * PANEL * size;
-        for (int64_t at = block * together, left = tiles; left; left--) {
-            const int64_t height = (end - at + left - 1) / left;
-            const Ahead ahead{more ? next : nullptr, tiles};
-            tile_of<TILE>(height)(in, at, panel, bias ? bias + p * PANEL : nullptr, y + at * out + p * PANEL, out, columns,
-                                  ahead);
-            next += size / tiles * PANEL;
-            at += height;
+    team(threads, size * out > PARALLEL, [=] {
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            const int64_t block = piece / wide, p = piece % wide, end = std::min(rows, (block + 1) * together);
+            const float* panel = panels + p * PANEL * size;
+            const int64_t columns = std::min(PANEL, out - p * PANEL);
+            // tiles of nearly equal height
+            const int64_t tiles = (end - block * together + TILE - 1) / TILE;
+            // few rows are done with a panel sooner than the next one is read from memory, so it is asked for meanwhile, a
+            // part by each tile
+            const bool more = tiles > 1 && piece + 1 < pieces;
+            const float* next = panels + (piece + 1) % wide * PANEL * size;
+            for (int64_t at = block * together, left = tiles; left; left--) {
+                const int64_t height = (end - at + left - 1) / left;
+                const Ahead ahead{more ? next : nullptr, tiles};
+                tile_of<TILE>(height)(in, at, panel, bias ? bias + p * PANEL : nullptr, y + at * out + p * PANEL, out, columns,
+                                      ahead);
+                next += size / tiles * PANEL;
+                at += height;
+            }
         }
-    }
+    });
 }
 
 void pack_panels(const float* w, int64_t out_step, int64_t size_step, int64_t out, int64_t size, float* to, int threads) {
