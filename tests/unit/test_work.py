@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -57,7 +58,17 @@ def _counting() -> Iterator[_Products]:
         products.flops += 2 * sum(part.numel() for part in parts) * panels.out
         return plain(kernels, parts, panels)
 
-    with _Products() as products, patch.object(Kernels, "product", counted):
+    whole = Kernels.decoder_layer
+
+    def counted_layer(kernels: Kernels, layer: Any, work: Any, call: Any) -> None:
+        described = layer._obj  # of ctypes.byref
+        for group in (described.asked, described.mixed, described.inner, described.outer):
+            products.calls += 1
+            products.flops += 2 * work._obj.tokens * group.size * group.out
+        whole(kernels, layer, work, call)
+
+    patched = patch.object(Kernels, "product", counted), patch.object(Kernels, "decoder_layer", counted_layer)
+    with _Products() as products, patched[0], patched[1]:
         yield products
 
 

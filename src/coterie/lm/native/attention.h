@@ -18,14 +18,17 @@ template <class T> struct Pool {
 // scores of K keys for the G query heads; those of head g go to scores + g * row
 template <class T, int G, int K>
 inline void score_some(const T* q, Pool<T> keys, const int32_t* slots, int64_t dim, float scale, float* scores, int64_t row) {
-    floats sums[G][K] = {};
+    floats sums[G * K] = {};
     const T* key[K];
     for (int64_t n = 0; n < K; n++) key[n] = keys.data + slots[n] * keys.row;
     for (int64_t i = 0; i < dim; i += STEP<T>)
         for (int64_t n = 0; n < K; n++)
-            for (int64_t g = 0; g < G; g++) sums[g][n] = multiply_add(sums[g][n], q + g * dim + i, key[n] + i);
+            for (int64_t g = 0; g < G; g++)
+                sums[g * K + n] = multiply_add(sums[g * K + n], q + g * dim + i, key[n] + i);
+    float found[G * K];
+    sums_of(sums, found);
     for (int64_t g = 0; g < G; g++)
-        for (int64_t n = 0; n < K; n++) scores[g * row + n] = sum_of(sums[g][n]) * scale;
+        for (int64_t n = 0; n < K; n++) scores[g * row + n] = found[g * K + n] * scale;
 }
 
 // the power of two, at most `wanted`, that times `sums` registers hold

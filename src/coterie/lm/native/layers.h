@@ -117,7 +117,7 @@ void swiglu_backward(const T* grad, const T* gate, int64_t gate_row, const T* up
 
 // -- rows -------------------------------------------------------------------------------------------------------------
 
-inline void gather(const char* const* rows, int64_t count, int64_t bytes, char* out, int threads) {
+inline void gather(const char* const* rows, int64_t count, int64_t bytes, char* out, [[maybe_unused]] int threads) {
 #pragma omp parallel for num_threads(threads) if (count * bytes > 4 * PARALLEL) schedule(static)
     for (int64_t r = 0; r < count; r++) std::memcpy(out + r * bytes, rows[r], bytes);
 }

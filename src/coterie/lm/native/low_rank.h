@@ -14,17 +14,16 @@ constexpr int64_t TOGETHER = 4;  // tokens for which rows of A and B are read on
 // x A^T of N tokens, for R rows of A: that of token t and row r goes to out[r * N + t]
 template <class T, int R, int N>
 inline void against_rows(const T* x, int64_t x_row, const T* rows, int64_t size, float* out) {
-    floats sums[R][N] = {};
+    floats sums[R * N] = {};
     int64_t i = 0;
     for (; i + STEP<T> <= size; i += STEP<T>)
         for (int t = 0; t < N; t++)
-            for (int r = 0; r < R; r++) sums[r][t] = multiply_add(sums[r][t], rows + r * size + i, x + t * x_row + i);
+            for (int r = 0; r < R; r++)
+                sums[r * N + t] = multiply_add(sums[r * N + t], rows + r * size + i, x + t * x_row + i);
+    sums_of(sums, out);
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < N; t++) {
-            float sum = sum_of(sums[r][t]);
-            for (int64_t at = i; at < size; at++) sum += load(rows[r * size + at]) * load(x[t * x_row + at]);
-            out[r * N + t] = sum;
-        }
+        for (int t = 0; t < N; t++)
+            for (int64_t at = i; at < size; at++) out[r * N + t] += load(rows[r * size + at]) * load(x[t * x_row + at]);
 }
 
 // out += inner B of N tokens, PARTS registers at a time from column `from` on, as far as they go; returns how far

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP

@@ -45,6 +45,27 @@ inline float sum_of(floats x) {
     return lanes[0];
 }
 
+// The sums of N vectors. Four at a time take hardly more than one.
+template <int N> inline void sums_of(const floats (&x)[N], float* out) {
+    int n = 0;
+#ifdef __AVX__
+    auto half = [](floats whole) {
+#ifdef __AVX512F__
+        const __m512d pairs = (__m512d)whole;
+        return _mm256_add_ps((__m256)_mm512_castpd512_pd256(pairs), (__m256)_mm512_extractf64x4_pd(pairs, 1));
+#else
+        return (__m256)whole;
+#endif
+    };
+    for (; n + 4 <= N; n += 4) {
+        const __m256 pairs = _mm256_hadd_ps(half(x[n]), half(x[n + 1])), others = _mm256_hadd_ps(half(x[n + 2]), half(x[n + 3]));
+        const __m256 all = _mm256_hadd_ps(pairs, others);
+        _mm_storeu_ps(out + n, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    }
+#endif
+    for (; n < N; n++) out[n] = sum_of(x[n]);
+}
+
 // sum + a * b of STEP numbers. Of bfloat16, some processors add up pairs of products without widening them first.
 template <class T> constexpr int64_t STEP = WIDE;
 template <class T> inline floats multiply_add(floats sum, const T* a, const T* b) { return sum + load_wide(a) * load_wide(b); }
