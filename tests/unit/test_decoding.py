@@ -1,21 +1,27 @@
-"""A whole layer in one call gives the numbers of its parts called one by one, bit by bit."""
+"""A whole layer in one call gives the numbers of its parts called one by one; on the way to answers bit by bit."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from coterie.config import LearnerConfig
 from coterie.inference.local.engine import LocalEngine
 from coterie.lm.base import BaseModel
 from coterie.lm.native.kernels import Kernels
-from coterie.types import AdapterVersion, GenerateRequest, Generation
+from coterie.models import ModelConfig
+from coterie.training.base import LearnerStats, StepStats
+from coterie.training.batch import Batch, build_batch
+from coterie.training.learner import Learner
+from coterie.types import AdapterVersion, Advantages, GenerateRequest, Generation
 from tests.conftest import MakeBase
 from tests.support.compiled import need_kernels
+from tests.support.episodes import episode, make_turn
 
 LAYERS = 3
 
@@ -140,3 +146,64 @@ def test_ranks_that_kernels_do_not_serve_go_part_by_part(make_base: MakeBase) ->
         _answers(base, ["a"], keep=False)
     assert counted[0] == 0
     assert counted[1] > 0
+
+
+def _gradients(base: BaseModel, models: Sequence[ModelConfig], engine: LocalEngine, batch: Batch) -> list[torch.Tensor]:
+    learner = Learner(base, models, LearnerConfig(tokens_per_pass=60), 1, kept=engine.kept)
+    stats = LearnerStats({name: StepStats() for name in batch.policies})
+    learner.backward(batch, stats)
+    assert stats.recalled_tokens == stats.packed_tokens > 60
+    found = []
+    for m in models:
+        grad = base.bank.training(m.model_id).grad
+        assert grad is not None
+        found.append(grad.clone())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fields"),
+    [
+        ({"a": 4, "b": 16}, {}),
+        ({"a": 1, "b": 3, "c": 8}, {}),
+        ({"a": 4}, {"lora_targets": ("q_proj", "v_proj", "down_proj")}),
+        ({"a": 4}, {"lora_targets": ("up_proj", "k_proj")}),
+        ({"a": 4, "b": 4}, {"lora_layers": 0.5}),
+    ],
+    ids=["two ranks", "three", "some targets", "other targets", "upper layers"],
+)
+def test_the_way_back_through_whole_layers(
+    make_base: MakeBase, ranks: dict[str, int], fields: dict[str, object]
+) -> None:
+    need_kernels()
+    before = torch.get_num_threads()
+    models = [ModelConfig(model_id=name, lora_rank=rank, lora_alpha=2.0 * rank) for name, rank in ranks.items()]
+    base = _stirred(make_base(threads=1, **fields), ranks)
+    answers, engine = _answers(base, list(ranks), keep=True)
+    batch = _batch(answers, list(ranks))
+    with _part_by_part(base):
+        apart = _gradients(base, models, engine, batch)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with patch.object(Kernels, "attend_tree_backward", side_effect=AssertionError("a part was called")):
+                first, second = (_gradients(base, models, engine, batch) for _ in range(2))
+            for ours, again, theirs in zip(first, second, apart, strict=True):
+                assert torch.equal(ours, again)
+                assert (ours - theirs).norm() <= 1e-5 * theirs.norm() > 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batch(answers: Sequence[Generation], names: Sequence[str]) -> Batch:
+    episodes = []
+    for n, made in enumerate(answers):
+        assert made.adapter is not None
+        turn = make_turn(
+            "seat", model_id=made.adapter.model_id, prompt_ids=made.prompt_ids, token_ids=made.token_ids,
+            allowed=made.allowed, logprobs=made.logprobs,
+        )  # fmt: skip
+        models = {"seat": made.adapter.model_id}
+        episodes.append(episode(f"e{n}", scores={"seat": 1.0}, turns={"seat": [turn]}, models=models))
+    advantages = Advantages({e.episode_id: {"seat": (0.3 - n % 2,)} for n, e in enumerate(episodes)})
+    return build_batch(names, episodes, advantages, keep_zero=False)

@@ -22,11 +22,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers.activations import SiLUActivation
 
 from coterie.lm.activations import LayerActivations, PassActivations, Recalled
-from coterie.lm.attention import CachePlan, Plan
+from coterie.lm.attention import CachePlan, Plan, TreePlan
 from coterie.lm.functions import add_rms_norm, rms_norm, rotate, swiglu
 from coterie.lm.linear import BankLinear, Siblings
 from coterie.lm.native.decoding import WholeLayer, WholePass
 from coterie.lm.native.kernels import Kernels
+from coterie.lm.native.operands import Ranges
+from coterie.lm.native.way_back import WholeLayerBack, WholePassBack
 from coterie.lm.products import MOST_PACKED, packable
 
 _SILU = (torch.nn.SiLU, SiLUActivation)
@@ -125,18 +127,42 @@ class Layer:
 
     def whole(self) -> WholeLayer | None:
         """The layer as one call of compiled code; None: there is none for such a layer, here."""
-        groups = self.asked.group(), self.mixed.group(), self.inner.group(), self.outer.group()
-        plain = self.queries is None and isinstance(self.activation, _SILU)
-        asked, mixed, inner, outer = groups
-        if not plain or asked is None or mixed is None or inner is None or outer is None:
+        asked, mixed, inner, outer = (siblings.group() for siblings in self.siblings)
+        if not self._plain or asked is None or mixed is None or inner is None or outer is None:
             return None
-        kv_heads = asked.sizes[1] // self.head_dim
-        return WholeLayer(
-            (asked, mixed, inner, outer),
-            ((self.before_attention.weight, self.before_attention.eps), (self.before_mlp.weight, self.before_mlp.eps)),
-            (kv_heads, asked.sizes[0] // asked.sizes[1], self.head_dim),
-            self.scale,
-        )
+        return WholeLayer((asked, mixed, inner, outer), self._norms, self._counts, self.scale)
+
+    def whole_back(self) -> WholeLayerBack | None:
+        """The same for the way back."""
+        asked, mixed, inner, outer = (siblings.back_group() for siblings in self.siblings)
+        if not self._plain or asked is None or mixed is None or inner is None or outer is None:
+            return None
+        return WholeLayerBack((asked, mixed, inner, outer), self._norms, self._counts, self.scale)
+
+    @property
+    def siblings(self) -> tuple[Siblings, Siblings, Siblings, Siblings]:
+        return self.asked, self.mixed, self.inner, self.outer
+
+    def attends_trees(self, kernels: Kernels) -> bool:
+        """See `Kernels.attends_trees`."""
+        kv_heads, group, dim = self._counts
+        return kernels.attends_trees(kv_heads * group, kv_heads, dim)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether it has the parts that compiled code for whole layers knows."""
+        return self.queries is None and isinstance(self.activation, _SILU)
+
+    @property
+    def _norms(self) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
+        one, other = self.before_attention, self.before_mlp
+        return (one.weight, one.eps), (other.weight, other.eps)
+
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        """Heads of keys, heads of queries for each of them, and their dimension."""
+        queries, keys, _ = self.asked.sizes
+        return keys // self.head_dim, queries // keys, self.head_dim
 
     def again(self, known: LayerActivations, cos: Tensor, sin: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """The same for the way back, of a pass whose activations are known: only what costs little is computed, and
@@ -193,6 +219,7 @@ class Decoder:
         self._kernels = kernels
         self._whole: list[WholeLayer] | None = None
         """Layers as single calls, once they were asked for; empty: there are none."""
+        self._whole_back: list[WholeLayerBack] | None = None
         self.layers = [Layer.of(i, layer, family, kernels, pack=pack) for i, layer in enumerate(inner.layers)]
 
     def __call__(
@@ -233,12 +260,31 @@ class Decoder:
         if self._whole is None:
             made = [layer.whole() for layer in self.layers]
             self._whole = [layer for layer in made if layer is not None] if all(made) else []
-        routes = [layer.asked.route for layer in self.layers] + [layer.outer.route for layer in self.layers]
-        route = next((found for found in routes if found is not None), None)
-        if not self._whole or (route is not None and route.one_by_one):
+        ranged, ranges = self._ranges()
+        if not self._whole or not ranged:
             return None
-        ranges = route.compiled[1] if route is not None and route.compiled is not None else None
         return WholePass(kernels, self._whole[0], (cos, sin), plan.slots, plan.sights, ranges, keep=keep)
+
+    def _whole_pass_back(self, cos: Tensor, sin: Tensor, plan: Plan) -> WholePassBack | None:
+        """The same for the way back."""
+        kernels = self._kernels
+        if kernels is None or kernels.telling or not isinstance(plan, TreePlan):
+            return None
+        if self._whole_back is None:
+            made = [layer.whole_back() for layer in self.layers]
+            self._whole_back = [layer for layer in made if layer is not None] if all(made) else []
+        ranged, ranges = self._ranges()
+        if not self._whole_back or not ranged or not self.layers[0].attends_trees(kernels):
+            return None
+        return WholePassBack(kernels, self._whole_back[0], (cos, sin), plan.sights, ranges)
+
+    def _ranges(self) -> tuple[bool, Ranges | None]:
+        """Whether compiled code serves all adapters of the pass under way, and their ranges of tokens."""
+        routes = (siblings.route for layer in self.layers for siblings in layer.siblings)
+        route = next((found for found in routes if found is not None), None)
+        if route is None:
+            return True, None
+        return not route.one_by_one, route.compiled[1] if route.compiled is not None else None
 
     def _through(self, whole: WholePass, x: Tensor, plan: CachePlan, record: PassActivations | None) -> Tensor:
         """All layers, and the last norm."""
@@ -265,8 +311,13 @@ class Decoder:
         """The way back from the gradient (T, hidden) at what came out of the last layer, a layer at a time down to the
         `lowest` that has adapters: their gradients are what comes of it."""
         cos, sin = self._angles(grad, positions)
+        whole = self._whole_pass_back(cos, sin, plan)
         for layer in reversed(self.layers[lowest:]):
             made = known.layer(layer.number)
+            if whole is not None and self._whole_back is not None:
+                found = whole(self._whole_back[layer.number], made, grad, lowest=layer.number == lowest)
+                grad = grad if found is None else found
+                continue
             made.x.requires_grad_(layer.number > lowest)
             torch.autograd.backward(layer.again(made, cos, sin, plan), [grad, grad])
             if made.x.grad is not None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from coterie.lm.native.decoding import Group
 from coterie.lm.native.operands import Outer
+from coterie.lm.native.way_back import BackGroup
 from coterie.lm.products import BackMatrix, PackedMatrix, frozen_linear
 from coterie.lm.route import Route
 
@@ -79,6 +80,11 @@ class Siblings:
         if panels is None:
             return None
         return Group(panels, self.weights[0].shape[1], tuple(self._sizes), tuple(self.adapted))
+
+    def back_group(self) -> BackGroup | None:
+        """The same for the way back."""
+        panels = self._back.panels()
+        return None if panels is None else BackGroup(panels, tuple(self.adapted))
 
     @property
     def sizes(self) -> list[int]:

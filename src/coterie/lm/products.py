@@ -95,6 +95,8 @@ class BackMatrix:
         self._weights = tuple(weights)
         self._pack = pack
         self._ready: Product | None = None
+        self._panels: Panels | None = None
+        self._kernels = _own(weights[0]) if pack else None
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """(rows, out_i) each -> (rows, in), without gradients."""
@@ -103,9 +105,18 @@ class BackMatrix:
             for grad, weight in zip(grads[1:], self._weights[1:], strict=True):
                 found.addmm_(grad, weight)
             return found
+        panels = self.panels()
+        if panels is not None and self._kernels is not None:
+            return self._kernels.product([grad if grad.stride(1) == 1 else grad.contiguous() for grad in grads], panels)
         if self._ready is None:
             self._ready = _packed(_joined(self._weights).t(), None)
         return self._ready(grads)
+
+    def panels(self) -> Panels | None:
+        """The transposed matrices as our kernels read them; None: it is not they that multiply."""
+        if self._panels is None and self._kernels is not None:
+            self._panels = self._kernels.panels(_joined(self._weights).t(), None)
+        return self._panels
 
 
 Product = Callable[[Sequence[Tensor]], Tensor]
@@ -117,13 +128,7 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Product:
-    """Products with a copy of `weight` (out, in) and `bias` (out,)."""
-    kernels = _own(weight)
-    if kernels is not None:
-        panels = kernels.panels(weight, bias)
-        return lambda parts: kernels.product(
-            [part if part.stride(1) == 1 else part.contiguous() for part in parts], panels
-        )
+    """Products with a copy of `weight` (out, in) and `bias` (out,), of oneDNN."""
     # the number of rows it is asked for decides nothing about the order, as measured
     ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 64)
 

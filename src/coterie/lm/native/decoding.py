@@ -6,7 +6,6 @@ numbers are those of the parts called one by one, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from ctypes import Structure, addressof, byref, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -16,14 +15,14 @@ from torch import Tensor
 from coterie.lm.native.kernels import Kernels
 from coterie.lm.native.operands import Panels, Ranges, Sights
 
-_MOST_SIBLINGS = 3
+MOST_SIBLINGS = 3
 """As in decoder_layer.h, and so are all structures here."""
 
 
 class _Siblings(Structure):
     _fields_ = (
         ("panels", c_void_p), ("bias", c_void_p), ("size", c_int64), ("out", c_int64), ("adapted", c_int64),
-        ("offset", c_int64 * _MOST_SIBLINGS), ("width", c_int64 * _MOST_SIBLINGS),
+        ("offset", c_int64 * MOST_SIBLINGS), ("width", c_int64 * MOST_SIBLINGS),
     )  # fmt: skip
 
 
@@ -70,7 +69,7 @@ class Group:
         offsets = [sum(self.sizes[:place]) for place, _ in self.adapted]
         widths = [self.sizes[place] for place, _ in self.adapted]
         bias = None if self.panels.bias is None else self.panels.bias.data_ptr()
-        several = c_int64 * _MOST_SIBLINGS
+        several = c_int64 * MOST_SIBLINGS
         return _Siblings(self.panels.data.data_ptr(), bias, self.size, self.panels.out, len(self.adapted),
                          several(*offsets), several(*widths))  # fmt: skip
 
@@ -182,8 +181,3 @@ class WholePass:
                     call.factors[2 * number], call.factors[2 * number + 1] = addressof(a), addressof(b)
         self._kernels.decoder_layer(byref(layer.described), byref(self._pass), byref(call))
         return Made(total, asked, seen, middle, inner)
-
-
-def room_for(groups: Sequence[Group]) -> bool:
-    """Whether structures have room for these groups."""
-    return all(len(group.sizes) <= _MOST_SIBLINGS for group in groups)

@@ -5,6 +5,7 @@
 // Callers (coterie.lm.native) have checked types, shapes and strides; nothing here allocates beyond scratch space.
 
 #include "attention.h"
+#include "decoder_back.h"
 #include "decoder_layer.h"
 #include "layers.h"
 #include "low_rank.h"
@@ -106,9 +107,13 @@ EXPORT void attend_tree_backward_f32(const float* q, int64_t q_row, const float*
                                      const float* grad, const float* out, float* grad_q, float* grad_k, float* grad_v,
                                      int64_t tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,
                                      int64_t most_seen, int threads) {
-    attend_tree_backward({q, q_row, k, k_row, v, v_row, kv_heads, group, dim, scale}, {slots, first, seen, tokens, most_seen},
-                         grad, out, grad_q, grad_k, grad_v, threads);
+    const Seen see{slots, first, seen, tokens, most_seen};
+    attend_tree_backward({q, q_row, k, k_row, v, v_row, kv_heads, group, dim, scale}, see, TreeWork(see, kv_heads * group), grad,
+                         out, grad_q, grad_k, grad_v, threads);
 }
 EXPORT void decoder_layer_f32(const DecoderLayer* layer, const DecoderPass* pass, const DecoderCall* call) {
     decoder_layer(*layer, *pass, *call);
+}
+EXPORT void decoder_layer_back_f32(const LayerBack* layer, const PassBack* pass, const CallBack* call) {
+    decoder_layer_back(*layer, *pass, *call);
 }

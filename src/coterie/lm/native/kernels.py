@@ -43,6 +43,7 @@ _FLOAT32: dict[str, tuple[Any, ...]] = {
     "pack_panels": (_P, _N, _N, _N, _N, _P, _I),
     "product": (_P, _P, _P, _N, _P, _P, _N, _N, _P, _I),
     "decoder_layer": (_P, _P, _P),
+    "decoder_layer_back": (_P, _P, _P),
     "attend_tree": (_P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
     "attend_tree_backward": (_P, _N, _P, _N, _P, _N, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _F, _N, _I),
 }
@@ -114,6 +115,7 @@ class Kernels:
     _pack_panels: Any
     _product: Any
     _decoder_layer: Any
+    _decoder_layer_back: Any
     _attend_tree: Any
     _attend_tree_backward: Any
 
@@ -334,6 +336,10 @@ class Kernels:
     def decoder_layer(self, layer: Any, work: Any, call: Any) -> None:
         """References to the structures of `coterie.lm.native.decoding`."""
         self._decoder_layer(layer, work, call)
+
+    def decoder_layer_back(self, layer: Any, work: Any, call: Any) -> None:
+        """References to the structures of `coterie.lm.native.way_back`."""
+        self._decoder_layer_back(layer, work, call)
 
     def gather(self, addresses: NDArray[np.int64], out: Tensor) -> None:
         """Copy the rows that begin at `addresses` (n,) to `out` (n, size), contiguous."""

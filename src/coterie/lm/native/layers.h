@@ -38,24 +38,26 @@ void rms_norm(const T* x, int64_t x_row, const T* added, T* total, const float* 
 template <class T>
 void rms_norm_backward(const T* grad, const T* x, int64_t x_row, const float* weight, const float* inverse, const T* added,
                        T* out, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size > PARALLEL) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *g = grad + r * size, *in = x + r * x_row;
-        float along = 0.0f, inv = inverse[r];
+    team(threads, rows * size > PARALLEL, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const T *g = grad + r * size, *in = x + r * x_row;
+            float along = 0.0f, inv = inverse[r];
 #pragma omp simd reduction(+ : along)
-        for (int64_t i = 0; i < size; i++) along += load(g[i]) * weight[i] * load(in[i]);
-        float back = along * inv * inv * inv / size;
-        T* to = out + r * size;
-        if (added) {
-            const T* more = added + r * size;
+            for (int64_t i = 0; i < size; i++) along += load(g[i]) * weight[i] * load(in[i]);
+            float back = along * inv * inv * inv / size;
+            T* to = out + r * size;
+            if (added) {
+                const T* more = added + r * size;
 #pragma omp simd
-            for (int64_t i = 0; i < size; i++)
-                store(to[i], load(more[i]) + load(g[i]) * weight[i] * inv - load(in[i]) * back);
-        } else {
+                for (int64_t i = 0; i < size; i++)
+                    store(to[i], load(more[i]) + load(g[i]) * weight[i] * inv - load(in[i]) * back);
+            } else {
 #pragma omp simd
-            for (int64_t i = 0; i < size; i++) store(to[i], load(g[i]) * weight[i] * inv - load(in[i]) * back);
+                for (int64_t i = 0; i < size; i++) store(to[i], load(g[i]) * weight[i] * inv - load(in[i]) * back);
+            }
         }
-    }
+    });
 }
 
 // -- rotary positions -------------------------------------------------------------------------------------------------
@@ -73,11 +75,13 @@ inline void rotate_head(const T* in, T* out, const T* cos, const T* sin, float s
 template <class T>
 void rotate(const T* x, int64_t x_row, T* y, const T* cos, const T* sin, int64_t angle_row, float sign, int64_t rows,
             int64_t heads, int64_t dim, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * heads * dim > PARALLEL) schedule(static)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t h = 0; h < heads; h++)
-            rotate_head(x + r * x_row + h * dim, y + (r * heads + h) * dim, cos + r * angle_row, sin + r * angle_row, sign,
-                        dim / 2);
+    team(threads, rows * heads * dim > PARALLEL, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t h = 0; h < heads; h++)
+                rotate_head(x + r * x_row + h * dim, y + (r * heads + h) * dim, cos + r * angle_row, sin + r * angle_row, sign,
+                            dim / 2);
+    });
 }
 
 // -- gates ------------------------------------------------------------------------------------------------------------
@@ -102,17 +106,19 @@ void swiglu(const T* gate, int64_t gate_row, const T* up, int64_t up_row, T* y, 
 template <class T>
 void swiglu_backward(const T* grad, const T* gate, int64_t gate_row, const T* up, int64_t up_row, T* grad_gate, T* grad_up,
                      int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size > PARALLEL) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *d = grad + r * size, *g = gate + r * gate_row, *u = up + r * up_row;
-        T *to_gate = grad_gate + r * size, *to_up = grad_up + r * size;
+    team(threads, rows * size > PARALLEL, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const T *d = grad + r * size, *g = gate + r * gate_row, *u = up + r * up_row;
+            T *to_gate = grad_gate + r * size, *to_up = grad_up + r * size;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) {
-            float v = load(g[i]), s = 1.0f / (1.0f + quick_exp(-v)), back = load(d[i]);
-            store(to_up[i], back * v * s);
-            store(to_gate[i], back * load(u[i]) * s * (1.0f + v * (1.0f - s)));
+            for (int64_t i = 0; i < size; i++) {
+                float v = load(g[i]), s = 1.0f / (1.0f + quick_exp(-v)), back = load(d[i]);
+                store(to_up[i], back * v * s);
+                store(to_gate[i], back * load(u[i]) * s * (1.0f + v * (1.0f - s)));
+            }
         }
-    }
+    });
 }
 
 // -- rows -------------------------------------------------------------------------------------------------------------

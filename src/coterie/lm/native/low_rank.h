@@ -170,18 +170,17 @@ template <class T> void outer_slice(const Outer<T>& job, int64_t at, float* scra
 }
 
 template <class T> void outer(const Outer<T>* jobs, int64_t count, int threads) {
-    std::vector<std::pair<int64_t, int64_t>> pieces;
-    int64_t most_rank = 0;
-    for (int64_t n = 0; n < count; n++) {
-        most_rank = std::max(most_rank, jobs[n].rank);
-        for (int64_t at = 0; at < jobs[n].size; at += OUTER_WIDTH) pieces.push_back({n, at});
-    }
-#pragma omp parallel num_threads(threads)
-    {
+    team(threads, true, [=] {
+        std::vector<std::pair<int64_t, int64_t>> pieces;
+        int64_t most_rank = 0;
+        for (int64_t n = 0; n < count; n++) {
+            most_rank = std::max(most_rank, jobs[n].rank);
+            for (int64_t at = 0; at < jobs[n].size; at += OUTER_WIDTH) pieces.push_back({n, at});
+        }
         std::vector<float> scratch(OUTER_TOKENS * (OUTER_WIDTH + most_rank) + most_rank * OUTER_WIDTH);
 #pragma omp for schedule(dynamic, 8)
         for (size_t p = 0; p < pieces.size(); p++) outer_slice(jobs[pieces[p].first], pieces[p].second, scratch.data());
-    }
+    });
 }
 
 }  // namespace

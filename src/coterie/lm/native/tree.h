@@ -152,40 +152,49 @@ void gather_chain(const Chain& chain, const Kept& kept, int64_t h, int64_t depth
         gather<G, CHAIN, PARTS>(kept, h, depth, std::max(begin, all), last, rows, row_step, dim, total, total_step);
 }
 
-template <int G>
-void attend_tree_backward(const Heads& heads, const Seen& see, const float* grad, const float* out, float* grad_q,
-                          float* grad_k, float* grad_v, int threads) {
-    const int64_t kv = heads.kv_heads, dim = heads.dim;
-    std::vector<int64_t> place(see.tokens), begins;
-    int64_t room = 0, used = STRETCH;
-    for (int64_t t = 0; t < see.tokens; t++) {
-        const int64_t more = kv * G * see.seen[t];
-        if (used + more > STRETCH) {
-            begins.push_back(t);
-            used = 0;
+// What the way back keeps and knows of a pass before its threads begin.
+struct TreeWork {
+    std::vector<int64_t> place, begins;
+    std::unique_ptr<float[]> p, ds;
+    std::vector<Chain> keys;
+
+    TreeWork(const Seen& see, int64_t heads) : place(see.tokens), keys(chains(see, CHAIN)) {
+        int64_t room = 0, used = STRETCH;
+        for (int64_t t = 0; t < see.tokens; t++) {
+            const int64_t more = heads * see.seen[t];
+            if (used + more > STRETCH) {
+                begins.push_back(t);
+                used = 0;
+            }
+            place[t] = used;
+            used += more;
+            room = std::max(room, used);
         }
-        place[t] = used;
-        used += more;
-        room = std::max(room, used);
+        begins.push_back(see.tokens);
+        p.reset(new float[room]);
+        ds.reset(new float[room]);
     }
-    begins.push_back(see.tokens);
-    const std::unique_ptr<float[]> p(new float[room]), ds(new float[room]);
-    const Kept of_p{p.get(), place.data(), see.seen}, of_ds{ds.get(), place.data(), see.seen};
-    const std::vector<Chain> keys = chains(see, CHAIN);
-    const int64_t parts = keys.size();
+};
+
+// Adds to grad_k and grad_v; for every thread of a team.
+template <int G>
+void attend_tree_backward(const Heads& heads, const Seen& see, const TreeWork& work, const float* grad, const float* out,
+                          float* grad_q, float* grad_k, float* grad_v) {
+    const int64_t kv = heads.kv_heads, dim = heads.dim, parts = work.keys.size();
+    const Kept of_p{work.p.get(), work.place.data(), see.seen}, of_ds{work.ds.get(), work.place.data(), see.seen};
     const auto gather_keys = dim % (4 * WIDE) == 0 ? gather_chain<G, 4> : gather_chain<G, 1>;
-#pragma omp parallel num_threads(threads)
-    for (size_t stretch = 0; stretch + 1 < begins.size(); stretch++) {
-        const int64_t begin = begins[stretch], end = begins[stretch + 1], tokens = end - begin;
+    for (size_t stretch = 0; stretch + 1 < work.begins.size(); stretch++) {
+        const int64_t begin = work.begins[stretch], end = work.begins[stretch + 1], tokens = end - begin;
 #pragma omp for schedule(dynamic, 4)
         for (int64_t n = 0; n < tokens * kv; n++) {
-            const int64_t h = n / tokens, t = begin + n % tokens, at = heads.at(t, h), kept = place[t] + h * G * see.seen[t];
-            back_to_scores<G>(heads, h, t, see, grad + at, out + at, p.get() + kept, ds.get() + kept, grad_q + at);
+            const int64_t h = n / tokens, t = begin + n % tokens, at = heads.at(t, h);
+            const int64_t kept = work.place[t] + h * G * see.seen[t];
+            back_to_scores<G>(heads, h, t, see, grad + at, out + at, work.p.get() + kept, work.ds.get() + kept, grad_q + at);
         }
 #pragma omp for schedule(dynamic, 4)
         for (int64_t n = 0; n < parts * kv; n++) {
             const int64_t h = n / parts, to = heads.at(0, h) / G;
-            const Chain& chain = keys[n % parts];
+            const Chain& chain = work.keys[n % parts];
             if (chain.key >= end || chain.until <= begin) continue;
             const int64_t depth = see.seen[chain.key] - 1, row = kv * dim, key = chain.key * row + to;
             gather_keys(chain, of_ds, h, depth, begin, end, heads.asked(0, h), heads.q_row, dim, grad_k + key, row);
@@ -194,15 +203,15 @@ void attend_tree_backward(const Heads& heads, const Seen& see, const float* grad
     }
 }
 
-void attend_tree_backward(const Heads& heads, const Seen& see, const float* grad, const float* out, float* grad_q,
-                          float* grad_k, float* grad_v, int threads) {
+void attend_tree_backward(const Heads& heads, const Seen& see, const TreeWork& work, const float* grad, const float* out,
+                          float* grad_q, float* grad_k, float* grad_v, int threads) {
     auto run = heads.group == 1   ? attend_tree_backward<1>
                : heads.group == 2 ? attend_tree_backward<2>
                : heads.group == 3 ? attend_tree_backward<3>
                : heads.group == 4 ? attend_tree_backward<4>
                : heads.group == 7 ? attend_tree_backward<7>
                                   : attend_tree_backward<8>;
-    run(heads, see, grad, out, grad_q, grad_k, grad_v, threads);
+    team(threads, true, [&] { run(heads, see, work, grad, out, grad_q, grad_k, grad_v); });
 }
 
 }  // namespace
