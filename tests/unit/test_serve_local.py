@@ -186,9 +186,9 @@ def test_prompts_are_read_in_pieces(engine: LocalTokenEngine) -> None:
     computed = []
     forward = engine.engine._forward
 
-    def watched(work: object) -> None:
+    def watched(*given: object) -> None:
         before = engine.engine.tokens_computed
-        forward(work)  # type: ignore[arg-type]
+        forward(*given)  # type: ignore[arg-type]
         computed.append(engine.engine.tokens_computed - before)
 
     engine.engine._forward = watched  # type: ignore[method-assign,assignment]
