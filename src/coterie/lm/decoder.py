@@ -291,10 +291,8 @@ class Decoder:
         for layer, described, keys, values in zip(self.layers, self._whole or (), plan.keys, plan.values, strict=True):
             made = whole(described, x, keys, values)
             if record is not None:
-                asked, inner = (
-                    torch.split(made.asked, layer.asked.sizes, 1),
-                    torch.split(made.inner, layer.inner.sizes, 1),
-                )
+                asked = torch.split(made.asked, layer.asked.sizes, 1)
+                inner = torch.split(made.inner, layer.inner.sizes, 1)
                 record.layers.append(LayerActivations(made.x, asked, made.seen, made.middle, inner))
             x = made.middle
         x, normed = self._norm.of_sum(x, whole.left, over=record is None)
@@ -311,6 +309,7 @@ class Decoder:
         """The way back from the gradient (T, hidden) at what came out of the last layer, a layer at a time down to the
         `lowest` that has adapters: their gradients are what comes of it."""
         cos, sin = self._angles(grad, positions)
+        grad = grad.contiguous()
         whole = self._whole_pass_back(cos, sin, plan)
         for layer in reversed(self.layers[lowest:]):
             made = known.layer(layer.number)

@@ -55,7 +55,7 @@ METRICS: dict[str, str] = {
     "learn/<model>/entropy": "Mean entropy where it had a choice, as the learner computes it, nats; compare to play.",
     "learn/<model>/kl": "Distance KL(policy || base) per token, nats; 0 when kl_coefficient is 0.",
     "learn/<model>/magnet_kl": "Distance KL(policy || magnet) per token, nats; near 0 it came to rest. 0: no magnet.",
-    "learn/<model>/mismatch": "Mean gap of learner and engine log-probabilities, nats; should be rounding error.",
+    "learn/<model>/mismatch": "Mean gap of learner and engine log-probabilities, nats; rounding error, 0 if recalled.",
     "learn/<model>/max_ratio": "Largest probability ratio to the sampling policy; far above 1 the data is stale.",
     "learn/<model>/grad_norm": "Norm of its gradient before clipping; 0 means no signal, spikes come before collapse.",
     "learn/<model>/learning_rate": "Of this update, after warm-up and decay.",

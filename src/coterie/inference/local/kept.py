@@ -93,6 +93,7 @@ class Kept:
         store = self._cache.activations
         if not store.passes:
             return None
+        alone = threading.get_ident() == self._thread
         parents = forest.parents.tolist()
         nodes: list[Node] = []
         for version, (_, start, end) in zip(versions, forest.segments, strict=True):
@@ -100,7 +101,11 @@ class Kept:
             if root is None:
                 return None
             for place, token in enumerate(forest.token_ids[start:end].tolist(), start):
-                nodes.append((nodes[parents[place]] if parents[place] >= 0 else root).child(token))
+                parent = nodes[parents[place]] if parents[place] >= 0 else root
+                node = parent.child(token) if alone else parent.children.get(token)
+                if node is None:
+                    return None
+                nodes.append(node)
         # what lost its keys and values is computed too: others may need them
         missing = [place for place, node in enumerate(nodes) if node.kept is None or node.slot < 0]
         passes = list(store.passes)
@@ -111,7 +116,7 @@ class Kept:
                 segments.append((version, at, at + count))
                 at += count
             work = Pass(tuple(nodes[place] for place in missing), tuple(segments), (), 0)
-            made = self._compute(work) if threading.get_ident() == self._thread else None
+            made = self._compute(work) if alone else None
             if made is None:
                 return None
             passes.append(made)
