@@ -13,8 +13,9 @@ from functools import lru_cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt in malloc.h."""
-_LARGEST = 2**30
-"""Bytes up to which a piece of memory is taken from what was kept."""
+_LARGEST = 2**25
+"""Bytes up to which a piece of memory is taken from what was kept. glibc goes as far by itself: larger pieces might
+leave holes that fit nothing."""
 
 
 @lru_cache(maxsize=1)
