@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from coterie.training.batch import Batch, build_batch
 from coterie.types import (
     AdapterVersion,
+    Advantages,
     Episode,
+    Generation,
     ModelId,
     ModelRole,
     Outcome,
@@ -127,3 +130,18 @@ def episode(
 def group(group_id: str, *, scores: Sequence[Mapping[SeatId, float]], **fields: Any) -> list[Episode]:
     """Sibling episodes "<group>/0", "<group>/1", … of one task, one for each entry of `scores`."""
     return [episode(f"{group_id}/{i}", scores=entry, group=group_id, **fields) for i, entry in enumerate(scores)]
+
+
+def batch_of(answers: Sequence[Generation], policies: Sequence[ModelId]) -> Batch:
+    """What a learner is given for answers of these policies, an episode each; every other advantage is negative."""
+    episodes = []
+    for n, made in enumerate(answers):
+        assert made.adapter is not None
+        name = made.adapter.model_id
+        turn = make_turn(
+            "seat", model_id=name, prompt_ids=made.prompt_ids, token_ids=made.token_ids, allowed=made.allowed,
+            logprobs=made.logprobs,
+        )  # fmt: skip
+        episodes.append(episode(f"e{n}", scores={"seat": 1.0}, turns={"seat": [turn]}, models={"seat": name}))
+    advantages = Advantages({e.episode_id: {"seat": (0.3 - n % 2,)} for n, e in enumerate(episodes)})
+    return build_batch(policies, episodes, advantages, keep_zero=False)

@@ -16,12 +16,12 @@ from coterie.lm.base import BaseModel
 from coterie.lm.native.kernels import Kernels
 from coterie.models import ModelConfig
 from coterie.training.base import LearnerStats, StepStats
-from coterie.training.batch import Batch, build_batch
+from coterie.training.batch import Batch
 from coterie.training.learner import Learner
-from coterie.types import AdapterVersion, Advantages, GenerateRequest, Generation
+from coterie.types import AdapterVersion, GenerateRequest, Generation
 from tests.conftest import MakeBase
 from tests.support.compiled import need_kernels
-from tests.support.episodes import episode, make_turn
+from tests.support.episodes import batch_of
 
 LAYERS = 3
 
@@ -180,7 +180,7 @@ def test_the_way_back_through_whole_layers(
     models = [ModelConfig(model_id=name, lora_rank=rank, lora_alpha=2.0 * rank) for name, rank in ranks.items()]
     base = _stirred(make_base(threads=1, **fields), ranks)
     answers, engine = _answers(base, list(ranks), keep=True)
-    batch = _batch(answers, list(ranks))
+    batch = batch_of(answers, list(ranks))
     with _part_by_part(base):
         apart = _gradients(base, models, engine, batch)
     try:
@@ -193,17 +193,3 @@ def test_the_way_back_through_whole_layers(
                 assert (ours - theirs).norm() <= 1e-5 * theirs.norm() > 0
     finally:
         torch.set_num_threads(before)
-
-
-def _batch(answers: Sequence[Generation], names: Sequence[str]) -> Batch:
-    episodes = []
-    for n, made in enumerate(answers):
-        assert made.adapter is not None
-        turn = make_turn(
-            "seat", model_id=made.adapter.model_id, prompt_ids=made.prompt_ids, token_ids=made.token_ids,
-            allowed=made.allowed, logprobs=made.logprobs,
-        )  # fmt: skip
-        models = {"seat": made.adapter.model_id}
-        episodes.append(episode(f"e{n}", scores={"seat": 1.0}, turns={"seat": [turn]}, models=models))
-    advantages = Advantages({e.episode_id: {"seat": (0.3 - n % 2,)} for n, e in enumerate(episodes)})
-    return build_batch(names, episodes, advantages, keep_zero=False)

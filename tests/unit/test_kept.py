@@ -24,12 +24,12 @@ from coterie.lm.tiny import FAMILIES, tiny_random
 from coterie.models import ModelConfig
 from coterie.monitor.metrics import UpdateRecord
 from coterie.training.base import LearnerStats, StepStats
-from coterie.training.batch import Batch, build_batch
+from coterie.training.batch import Batch
 from coterie.training.learner import Learner
-from coterie.types import AdapterVersion, Advantages, GenerateRequest, Generation
+from coterie.types import AdapterVersion, GenerateRequest, Generation
 from tests.conftest import MakeBase
 from tests.support.compiled import need_kernels
-from tests.support.episodes import episode, make_turn
+from tests.support.episodes import batch_of
 
 CHOICES = ((10,), (11, 12), (11, 13, 14), (11, 13, 15))
 MODELS = (ModelConfig(model_id="a", lora_rank=3), ModelConfig(model_id="b", lora_rank=24))
@@ -66,25 +66,11 @@ async def _two_turns(engine: LocalEngine) -> list[Generation]:
     return first + list(await asyncio.gather(*(engine.generate(r) for r in later)))
 
 
-def _batch(answers: Sequence[Generation]) -> Batch:
-    episodes = []
-    for n, made in enumerate(answers):
-        assert made.adapter is not None
-        name = made.adapter.model_id
-        turn = make_turn(
-            "seat", model_id=name, prompt_ids=made.prompt_ids, token_ids=made.token_ids, allowed=made.allowed,
-            logprobs=made.logprobs,
-        )  # fmt: skip
-        episodes.append(episode(f"e{n}", scores={"seat": 1.0}, turns={"seat": [turn]}, models={"seat": name}))
-    advantages = Advantages({e.episode_id: {"seat": (0.3 - n % 2,)} for n, e in enumerate(episodes)})
-    return build_batch(["a", "b"], episodes, advantages, keep_zero=False)
-
-
 def _played(base: BaseModel, kept_bytes: int = PLENTY, **options: int) -> tuple[LocalEngine, Batch]:
     engine = LocalEngine(base, kept_bytes=kept_bytes, **options)
     with engine.kept.listening():
         answers = asyncio.run(_two_turns(engine))
-    return engine, _batch(answers)
+    return engine, batch_of(answers, ["a", "b"])
 
 
 def _gradients(base: BaseModel, learner: Learner, batch: Batch) -> tuple[list[torch.Tensor], LearnerStats]:
@@ -264,7 +250,7 @@ def test_checkpointing_asks_for_nothing(make_base: MakeBase) -> None:
     engine = LocalEngine(_stirred(make_base()), kept_bytes=PLENTY)
     learner = Learner(engine.base, MODELS, LearnerConfig(gradient_checkpointing=True), 1, kept=engine.kept)
     with learner.listening():
-        batch = _batch(asyncio.run(_two_turns(engine)))
+        batch = batch_of(asyncio.run(_two_turns(engine)), ["a", "b"])
     assert not engine.cache.activations.passes
     assert learner.step(batch, 1).recalled_tokens == 0
 

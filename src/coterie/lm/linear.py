@@ -47,31 +47,29 @@ class Siblings:
         self._linears = tuple(linears)
         self.weights: list[Tensor] = [linear.weight for linear in self._linears]  # type: ignore[misc]
         self._biases: list[Tensor | None] = [linear.bias for linear in self._linears]  # type: ignore[misc]
-        self._sizes = [len(weight) for weight in self.weights]
+        self.sizes = [len(weight) for weight in self.weights]
         self.adapted = [
             (place, linear.name) for place, linear in enumerate(self._linears) if isinstance(linear, BankLinear)
         ]
         """(place among the layers, name) of those that have adapters."""
-        self._route = next((linear.route for linear in self._linears if isinstance(linear, BankLinear)), None)
+        self.route = next((linear.route for linear in self._linears if isinstance(linear, BankLinear)), None)
         self._packed = PackedMatrix(self.weights, self._biases) if pack else None
         self._back = BackMatrix(self.weights, pack=pack)
 
     def __call__(self, x: Tensor, known: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """(tokens, in) -> (tokens, out_i) each; they may be slices of one tensor. They are `known` if they were
-        computed before, adapters included: only what the way back needs is computed then."""
+        computed before, adapters included, and gradients are wanted: only what the way back needs is computed then."""
         if not torch.is_grad_enabled():
-            if known is not None:
-                return known
             outs = self.products(x)
-            if self._route is not None:
-                self._route.add_updates(x, [(name, outs[place]) for place, name in self.adapted])
+            if self.route is not None:
+                self.route.add_updates(x, [(name, outs[place]) for place, name in self.adapted])
             return outs
-        segments = self._route.segments if self._route is not None else ()
+        segments = self.route.segments if self.route is not None else ()
         if not segments and not x.requires_grad:
             return self.products(x) if known is None else known
         # autograd asks for a reason to come back here even where x, an embedding, needs no gradient
         reason = segments[0][0].a[self.adapted[0][1]] if segments else None
-        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, self._route, known)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Adapted.apply(x, reason, self, self.route, known)  # type: ignore[no-untyped-call]
         return found
 
     def group(self) -> Group | None:
@@ -79,27 +77,17 @@ class Siblings:
         panels = self._packed.panels() if self._packed is not None else None
         if panels is None:
             return None
-        return Group(panels, self.weights[0].shape[1], tuple(self._sizes), tuple(self.adapted))
+        return Group(panels, self.weights[0].shape[1], tuple(self.sizes), tuple(self.adapted))
 
     def back_group(self) -> BackGroup | None:
         """The same for the way back."""
         panels = self._back.panels()
         return None if panels is None else BackGroup(panels, tuple(self.adapted))
 
-    @property
-    def sizes(self) -> list[int]:
-        """Of the outputs."""
-        return self._sizes
-
-    @property
-    def route(self) -> Route | None:
-        """Of the adapters; None: no layer has any."""
-        return self._route
-
     def products(self, x: Tensor) -> Sequence[Tensor]:
         """What the layers make of x without adapters, without gradients."""
         if self._packed is not None and self._packed.suits(len(x)):
-            return torch.split(self._packed(x), self._sizes, dim=1)
+            return torch.split(self._packed(x), self.sizes, dim=1)
         return [frozen_linear(x, weight, bias) for weight, bias in zip(self.weights, self._biases, strict=True)]
 
     def back(self, grads: Sequence[Tensor]) -> Tensor:

@@ -51,7 +51,8 @@ class Learner:
         self.base = base
         self.config = config
         self.updates = updates
-        self._kept = kept
+        # a checkpointed layer keeps its input only
+        self._kept = None if config.gradient_checkpointing else kept
         self.anchors = Anchors(base, config.kl_coefficient, magnet, passes=config.passes)
         self.models = {m.model_id: m for m in models}
         self._optimizers: dict[ModelId, torch.optim.AdamW] = {}
@@ -80,8 +81,7 @@ class Learner:
 
     def listening(self) -> AbstractContextManager[None]:
         """See `Learner.listening`."""
-        wanted = self._kept is not None and not self.config.gradient_checkpointing
-        return self._kept.listening() if wanted and self._kept is not None else nullcontext()
+        return nullcontext() if self._kept is None else self._kept.listening()
 
     def step(self, batch: Batch, update: int) -> LearnerStats:
         """One update (of `config.passes` optimizer steps) of every policy that has terms; `update` counts from 1."""
@@ -155,7 +155,7 @@ class Learner:
 
     def _recalled(self, forest: Forest, owners: Sequence[ModelId]) -> Recalled | None:
         """What the engine computed for these tokens, if the weights are still those it computed with."""
-        if self._kept is None or self.config.gradient_checkpointing:
+        if self._kept is None:
             return None
         versions = [self.base.bank.standing(model_id) for model_id in owners]
         standing = [version for version in versions if version is not None]
