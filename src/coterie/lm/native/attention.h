@@ -15,6 +15,8 @@ template <class T> struct Pool {
     int64_t row;
 };
 
+constexpr int64_t AHEAD = 8;  // keys by which reading runs ahead
+
 // scores of K keys for the G query heads; those of head g go to scores + g * row
 template <class T, int G, int K>
 inline void score_some(const T* q, Pool<T> keys, const int32_t* slots, int64_t dim, float scale, float* scores, int64_t row) {
@@ -31,6 +33,12 @@ inline void score_some(const T* q, Pool<T> keys, const int32_t* slots, int64_t d
         for (int64_t n = 0; n < K; n++) scores[g * row + n] = found[g * K + n] * scale;
 }
 
+// Ask for the row of a slot, that is soon to be read. Rows of one sequence lie wherever there was a slot, so that without
+// this each is waited for.
+template <class T> inline void bring(Pool<T> rows, int32_t slot, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += LINE<T>) __builtin_prefetch(rows.data + slot * rows.row + i);
+}
+
 // the power of two, at most `wanted`, that times `sums` registers hold
 constexpr int64_t fitting(int64_t wanted, int64_t sums) {
     int64_t found = wanted;
@@ -38,13 +46,21 @@ constexpr int64_t fitting(int64_t wanted, int64_t sums) {
     return found;
 }
 
-// scale q k of the G query heads (G, dim) and all keys they see, to scores (G, seen)
+// scale q k of the G query heads (G, dim) and all keys they see, to scores (G, seen); rows of `next`, if that is not null,
+// are read after that
 template <class T, int G>
-inline void score_keys(const T* q, Pool<T> keys, const int32_t* slots, int64_t seen, int64_t dim, float scale, float* scores) {
+inline void score_keys(const T* q, Pool<T> keys, const int32_t* slots, int64_t seen, int64_t dim, float scale, float* scores,
+                       const Pool<T>* next = nullptr) {
     constexpr int64_t KEYS = fitting(4, G);
     int64_t first = 0;
-    for (; first + KEYS <= seen; first += KEYS)
+    for (; first + KEYS <= seen; first += KEYS) {
+        if (next)
+            for (int64_t n = first; n < first + KEYS; n++) {
+                if (n + AHEAD < seen) bring(keys, slots[n + AHEAD], dim);
+                bring(*next, slots[n], dim);
+            }
         score_some<T, G, KEYS>(q, keys, slots + first, dim, scale, scores + first, seen);
+    }
     for (; first < seen; first++) score_some<T, G, 1>(q, keys, slots + first, dim, scale, scores + first, seen);
 }
 
@@ -82,7 +98,7 @@ template <class T> void softmax_row(float* row, int64_t n) {
 template <class T, int G, int D>
 void attend_token(const T* q, Pool<T> keys, Pool<T> values, const int32_t* slots, int64_t seen, float scale, T* out,
                   float* scratch, int64_t, int64_t) {
-    score_keys<T, G>(q, keys, slots, seen, D, scale, scratch);
+    score_keys<T, G>(q, keys, slots, seen, D, scale, scratch, &values);
     for (int64_t g = 0; g < G; g++) softmax_row<T>(scratch + g * seen, seen);
     blend<T, G, fitting(D / WIDE, G)>(scratch, values, slots, seen, D, out);
 }

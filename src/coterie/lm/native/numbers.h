@@ -61,6 +61,8 @@ inline float quick_exp(float x) {
     return x < -87.3f ? 0.0f : p * scale;
 }
 
+template <class T> constexpr int64_t LINE = 64 / sizeof(T);  // numbers in a line of a cache
+
 constexpr int64_t PARALLEL = 16384;  // elements below which waking threads costs more than they save
 
 // Let every thread of a team do `work`, which shares its loops out (omp for): of the team that is at work already, or else

@@ -14,9 +14,7 @@ namespace {
 
 constexpr int64_t PANEL = 2 * WIDE;
 constexpr int TILE = SUMS / 2;
-constexpr int64_t MOST_CHUNK = 8;  // panels a thread takes at a time: what it asks for ahead is mostly its own
-constexpr int64_t LINE = 16;       // numbers in a line of a cache
-constexpr int64_t ROWS = 384;      // that are multiplied by one panel after another, and so should stay in a cache
+constexpr int64_t ROWS = 384;  // that are multiplied by one panel after another, and so should stay in a cache
 
 // x in parts that lie side by side: part i has sizes[i] columns and rows x_row[i] apart
 struct Parts {
@@ -45,7 +43,7 @@ void tile(const Parts& in, int64_t first, const float* panel, const float* bias,
         for (int64_t k = 0; k < size;) {
             const int64_t stop = ahead.next ? std::min(size, k + ahead.every) : size;
             if (ahead.next) {
-                for (int64_t i = 0; i < PANEL; i += LINE) __builtin_prefetch(ahead.next + i, 0, 2);
+                for (int64_t i = 0; i < PANEL; i += LINE<float>) __builtin_prefetch(ahead.next + i, 0, 2);
                 ahead.next += PANEL;
             }
             for (; k < stop; k++, panel += PANEL) {
@@ -88,29 +86,35 @@ void product(const Parts& in, const float* panels, const float* bias, int64_t ro
     while (most > 8 * TILE * blocks && wide * blocks < 4 * threads) blocks *= 2;
     const int64_t together = (most + blocks - 1) / blocks;
     blocks = (rows + together - 1) / together;
-    // who is done takes the next pieces: shared out beforehand, a thread that was interrupted keeps all others waiting
-    const int64_t pieces = blocks * wide, chunk = std::max<int64_t>(1, std::min<int64_t>(MOST_CHUNK, pieces / (8 * threads)));
-    team(threads, size * out > PARALLEL, [=] {
-#pragma omp for schedule(dynamic, chunk)
-        for (int64_t piece = 0; piece < pieces; piece++) {
-            const int64_t block = piece / wide, p = piece % wide, end = std::min(rows, (block + 1) * together);
-            const float* panel = panels + p * PANEL * size;
-            const int64_t columns = std::min(PANEL, out - p * PANEL);
-            // tiles of nearly equal height
-            const int64_t tiles = (end - block * together + TILE - 1) / TILE;
-            // few rows are done with a panel sooner than the next one is read from memory, so it is asked for meanwhile, a
-            // part by each tile
-            const bool more = tiles > 1 && piece + 1 < pieces;
-            const float* next = panels + (piece + 1) % wide * PANEL * size;
-            for (int64_t at = block * together, left = tiles; left; left--) {
-                const int64_t height = (end - at + left - 1) / left;
-                const Ahead ahead{more ? next : nullptr, tiles};
-                tile_of<TILE>(height)(in, at, panel, bias ? bias + p * PANEL : nullptr, y + at * out + p * PANEL, out, columns,
-                                      ahead);
-                next += size / tiles * PANEL;
-                at += height;
-            }
+    // who is done takes the next piece: shared out beforehand, a thread that was interrupted keeps all others waiting
+    const int64_t pieces = blocks * wide;
+    const auto work = [=](int64_t piece, int64_t following) {
+        const int64_t block = piece / wide, p = piece % wide, end = std::min(rows, (block + 1) * together);
+        const float* panel = panels + p * PANEL * size;
+        const int64_t columns = std::min(PANEL, out - p * PANEL);
+        // tiles of nearly equal height
+        const int64_t tiles = (end - block * together + TILE - 1) / TILE;
+        // few rows are done with a panel sooner than the next one is read from memory, so it is asked for meanwhile, a part
+        // by each tile
+        const float* next = tiles > 1 && following >= 0 ? panels + following % wide * PANEL * size : nullptr;
+        for (int64_t at = block * together, left = tiles; left; left--) {
+            const int64_t height = (end - at + left - 1) / left;
+            tile_of<TILE>(height)(in, at, panel, bias ? bias + p * PANEL : nullptr, y + at * out + p * PANEL, out, columns,
+                                  {next, tiles});
+            if (next) next += size / tiles * PANEL;
+            at += height;
         }
+    };
+    team(threads, size * out > PARALLEL, [=] {
+        // a thread takes a piece before it does the one it has, so that it knows what to ask for
+        int64_t held = -1;
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            if (held >= 0) work(held, piece);
+            held = piece;
+        }
+        if (held >= 0) work(held, -1);
+#pragma omp barrier
     });
 }
 
