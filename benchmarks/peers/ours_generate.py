@@ -13,7 +13,7 @@ from pathlib import Path
 
 from protocol import Facts, Repetition, leave_out_kernels, serve, versions
 
-from coterie.bench import by_kind, profiled
+from coterie.bench.profile import by_kind, profiled
 from coterie.config import BaseConfig
 from coterie.inference.local.engine import LocalEngine
 from coterie.lm.adapters import load_adapter

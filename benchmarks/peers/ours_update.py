@@ -13,7 +13,7 @@ from statistics import median
 
 from protocol import Facts, Repetition, check_ids, leave_out_kernels, serve, versions
 
-from coterie.bench import PHASES, Meter
+from coterie.bench.meter import PHASES, Meter
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
 from coterie.types import Observation

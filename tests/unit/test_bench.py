@@ -12,21 +12,9 @@ import torch
 from torch.autograd.profiler import profile
 from typer.testing import CliRunner
 
-from coterie.bench import (
-    KINDS,
-    LEARNING,
-    PHASES,
-    ROLLOUT,
-    BenchReport,
-    Meter,
-    PhaseMeasure,
-    UpdateMeasure,
-    bench,
-    by_kind,
-    kind_of,
-    profiled,
-    shares,
-)
+from coterie.bench.meter import LEARNING, PHASES, ROLLOUT, Meter, PhaseMeasure, UpdateMeasure
+from coterie.bench.profile import KINDS, by_kind, kind_of, profiled, shares
+from coterie.bench.report import BenchReport, bench
 from coterie.cli.main import app
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment

@@ -36,7 +36,7 @@ def bench(
     observer = observer_for(sys.stderr if as_json else sys.stdout)
     try:
         observer.stage("loading")
-        from coterie.bench import bench as measure
+        from coterie.bench.report import bench as measure
 
         report = run_interruptible(measure(settings, updates, observer))
         if not as_json:
