@@ -27,7 +27,6 @@ config it is of.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime as dt
 import json
 import shutil
@@ -43,9 +42,11 @@ from typing import Any
 from claims import RunFailedError, Variant, machine, train, training_seconds
 from claims_file import RESULTS, ROOT, ClaimFile, digest, read, write
 from keeping import ended_by_sigterm
+from scenario_steps import Figures
 
 FOLDER = RESULTS / "scenarios"
 WORK = ROOT / "runs" / "scenarios"
+STEPS = Path(__file__).with_name("scenario_steps.py")
 CONDITIONS = {
     "bare base": "bare base",
     "calibrated base": "calibrated base",
@@ -55,9 +56,6 @@ CONDITIONS = {
     "others": "partners of another seed",
 }
 """Key in a results file -> what a table calls it."""
-
-Figures = Mapping[str, Any]
-"""{"mean": …, "by_model": {…}, "exact": {…}, "outcome": {…}} of one condition."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +147,7 @@ class Series:
             whole = {**spec, "config": str(self.config), "changes": [*self.changes, f"seed={seed}"], "out": str(out)}
             path = self.work / f"seed{seed}-{name}.spec.json"
             path.write_text(json.dumps(whole))
-            code = subprocess.run([sys.executable, __file__, "--worker", str(path)], check=False).returncode
+            code = subprocess.run([sys.executable, str(STEPS), str(path)], check=False).returncode
             if code or not out.is_file():
                 raise RunFailedError(f"step {name!r} of seed {seed} ended with exit code {code}; see above")
         return json.loads(out.read_text(encoding="utf-8"))
@@ -248,94 +246,6 @@ def kept(figures: Figures) -> dict[str, Any]:
     }
 
 
-# -- in the process of a step -----------------------------------------------------------------------------------------
-
-
-def work(spec: Mapping[str, Any]) -> None:
-    """Do what a step's file says, and write what it came to."""
-    from coterie.config import load_config
-
-    config = load_config(Path(spec["config"]), spec["changes"])
-    figures: Any
-    if spec["do"] == "alone":
-        figures = asyncio.run(learn_alone(config, spec["learners"], Path(spec["folder"])))
-    elif spec["do"] == "matches":
-        figures = asyncio.run(play_matches(Path(spec["folder"])))
-    else:
-        origin = {model: Path(folder) for model, folder in spec["origin"].items()}
-        figures = asyncio.run(play_together(config, origin))
-    out = Path(spec["out"])
-    aside = out.with_suffix(".part")
-    aside.write_text(json.dumps(figures), encoding="utf-8")
-    aside.rename(out)
-
-
-async def learn_alone(config: Any, learners: Sequence[str], folder: Path) -> Figures:
-    """Train a run in which all others hold their seats as the base, and measure it so."""
-    from coterie.environment import MultiModelEnvironment
-    from coterie.monitor.console import observer_for
-    from coterie.rollout.matchmaking import frozen_as
-    from coterie.rollout.runner import Runner
-    from coterie.runs.directory import RunDirectory
-
-    shutil.rmtree(folder, ignore_errors=True)
-    observer = observer_for(sys.stdout)
-    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(folder, config), observer=observer)
-    others = {model: None for model in env.models if model not in learners}
-
-    class Alone(Runner):
-        def seating(self, task: Any, models: Any, turn: int, rotate: bool) -> Any:
-            return frozen_as(super().seating(task, models, turn, rotate), others)
-
-    loop = env.build()
-    loop.runner = Alone(loop.runner.scenario, loop.runner.services)
-    try:
-        summary = await env.train()
-    finally:
-        observer.close()
-        await env.aclose()
-    moved = [model for model in others if env.models[model].version]
-    assert not moved, f"{moved} were to stay the base"
-    figures: Figures = summary.results["players"]["trained"]
-    return figures
-
-
-async def play_together(config: Any, origin: Mapping[str, Path]) -> Figures:
-    """Measure models that each come from the last checkpoint of a run of their own."""
-    from coterie.environment import MultiModelEnvironment
-    from coterie.models import LoRAModel
-    from coterie.runs.directory import RunDirectory
-    from coterie.types import AdapterVersion
-
-    env = MultiModelEnvironment(config=config.model_copy(update={"models": ()}))
-    for model in config.models:
-        run = RunDirectory.open(origin[model.model_id])
-        checkpoint = run.latest_checkpoint()
-        assert checkpoint is not None, f"{run.path} has no checkpoint"
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        version = AdapterVersion(model.model_id, state["models"][model.model_id]["version"])
-        env.add_model(LoRAModel(model, version=version.version, adapter_dir=run.adapter_dir(version)))
-    try:
-        measured = (await env.measure(config.evaluation.tasks)).as_dict()
-    finally:
-        await env.aclose()
-    figures: Figures = measured["players"]["trained"]
-    return figures
-
-
-async def play_matches(folder: Path) -> Any:
-    """Odds of a run's teams against the base and with swapped partners; see team_matches.py."""
-    from team_matches import measure as odds
-
-    from coterie.environment import MultiModelEnvironment
-    from coterie.runs.directory import RunDirectory
-
-    run = RunDirectory.open(folder)
-    with run.lock():
-        found = await odds(MultiModelEnvironment.resume(run))
-    return {kind: [{name: round(p, 6) for name, p in match.items()} for match in found[kind]] for kind in found}
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -362,16 +272,12 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE",
         help="change the config of every run; the pages do not take such results, so give --results too",
     )  # fmt: skip
-    made.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
-    if options.worker is not None:
-        work(json.loads(options.worker.read_text(encoding="utf-8")))
-        return 0
     if options.config is None or not options.config.is_file():
         print(f"error: give the config to measure; {options.config} is no file", file=sys.stderr)
         return 2
