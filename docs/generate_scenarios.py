@@ -195,11 +195,11 @@ def _metrics(runs: Sequence[Run]) -> list[str]:
 
 
 def _value(figures: Mapping[str, Any], name: str, config_path: str) -> float:
-    if name == "score":
-        return float(figures["mean"])
     for part in ("exact", "outcome", "by_model"):
         if name in figures[part]:
             return float(figures[part][name])
+    if name == "score":  # of no figure of the scenario's own: the mean over models
+        return float(figures["mean"])
     known = [*figures["exact"], *figures["outcome"], "score"]
     raise ValueError(f"{config_path}: there is no figure {name!r}; there are {', '.join(dict.fromkeys(known))}")
 

@@ -121,6 +121,12 @@ def test_a_table_has_means_and_ranges(tmp_path: Path) -> None:
         generate.table(SIGNALING, tmp_path, metrics=["nash_conv"])
 
 
+def test_a_figure_of_the_scenario_goes_before_the_mean_of_that_name() -> None:
+    measured = figures(0.1, 0.2, 0.9)
+    assert generate._value(measured, "score", SIGNALING) == 0.9
+    assert generate._value({**measured, "exact": {"score": 0.4}}, "score", SIGNALING) == 0.4
+
+
 def test_variants_have_a_line_each(tmp_path: Path) -> None:
     write_results(tmp_path, variants=("", "competitive", "mixed"))
     lines = generate.variants(SIGNALING, tmp_path, metrics=["success", "said"]).splitlines()
