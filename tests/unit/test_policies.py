@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from coterie.config import parse_config
+from coterie.environment import MultiModelEnvironment
 from coterie.inference.canary import PROBE_IDS, Probe, check_probe, distance
 from coterie.lm.tiny import tiny_random
 from coterie.models import LoRAModel, ModelConfig
-from coterie.training.policies import TrainedPolicies
+from coterie.training.policies import TrainedPolicies, scarcity
 from coterie.types import AdapterVersion, GenerateRequest
 
 
@@ -68,3 +69,26 @@ def test_a_step_far_below_the_tolerance_still_changes_every_number(policies: Tra
     after = policies.probe(AdapterVersion("a", 1)).logprobs
     assert 0 < distance(before, after) < 1e-3
     assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("kept", "free"), [(6 * 10**9, None), (6 * 10**9, 6 * 10**9), (0, 0)])
+def test_memory_that_suffices_is_not_spoken_of(kept: int, free: int | None) -> None:
+    assert scarcity(kept, free) == ""
+
+
+def test_memory_that_may_not_suffice_is_spoken_of_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("coterie.training.policies.free_memory", lambda: 10**8)
+    environment = MultiModelEnvironment(
+        config=parse_config({
+            "base": {"model": str(tiny_random(tmp_path)), "dtype": "float32"}, "models": [{"model_id": "a"}],
+            "scenario": {"id": "signaling"}, "engine": {"activations_mb": 2500},
+        })
+    )  # fmt: skip
+    with caplog.at_level("WARNING"):
+        environment.build()
+    (said,) = [record.getMessage() for record in caplog.records if "activations" in record.getMessage()]
+    assert "up to 2.5 GB" in said
+    assert "only 0.1 GB of memory are free" in said
+    assert "set engine.activations_mb lower" in said

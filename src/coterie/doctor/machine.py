@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coterie.capacity import free_memory
 from coterie.doctor.findings import Finding, Level
 from coterie.lm.catalog import CATALOG, cache_root
 from coterie.lm.native.build import Library
@@ -51,7 +52,7 @@ def read_machine(environ: Mapping[str, str] = os.environ, root: Path = Path("/")
         all_cores=everything,
         quota=_quota(_text(root / "sys/fs/cgroup/cpu.max")),
         load=os.getloadavg()[0] if os.name == "posix" else 0.0,
-        memory=_available(_text(root / "proc/meminfo")),
+        memory=free_memory(root),
         flags=_flags(_text(root / "proc/cpuinfo")),
         gpu=(root / "dev/nvidia0").exists() or (root / "dev/kfd").exists(),
         threads=environ.get("OMP_NUM_THREADS"),
@@ -197,13 +198,6 @@ def _quota(text: str) -> float | None:
     """Of cgroup v2's cpu.max: "200000 100000" is 2 cores, "max 100000" no limit."""
     limit, _, period = text.strip().partition(" ")
     return int(limit) / int(period) if limit.isdecimal() and period.isdecimal() and int(period) else None
-
-
-def _available(text: str) -> int | None:
-    for line in text.splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _flags(text: str) -> frozenset[str]:

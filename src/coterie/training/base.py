@@ -80,6 +80,11 @@ class Policies(Protocol):
         ...
 
     @property
+    def scarce(self) -> str:
+        """What is to be said where memory may not suffice; empty: nothing."""
+        ...
+
+    @property
     def chat(self) -> TokenizerChat:
         """How prompts become ids."""
         ...

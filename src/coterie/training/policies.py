@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from coterie.capacity import free_memory, whole_memory
 from coterie.config import RunConfig
 from coterie.credit.base import Magnet
 from coterie.errors import AdapterError
@@ -53,12 +52,14 @@ class TrainedPolicies:
         self._seed_of = seed_of
         for model in models:
             self._give_adapter(model)
+        kept_bytes = _kept_bytes(config.engine.activations_mb, self.base.device)
+        self.scarce = scarcity(kept_bytes, free_memory())
         self.local = LocalEngine(
             self.base,
             cache_tokens=config.engine.cache_tokens,
             tokens_per_pass=config.engine.tokens_per_pass,
             kept_versions=config.inference.staleness,
-            kept_bytes=_kept_bytes(config.engine.activations_mb, self.base.device),
+            kept_bytes=kept_bytes,
         )
         configs = [model.config for model in models]
         self.learner = Learner(self.base, configs, config.learner, config.updates, magnet, self.local.kept)
@@ -120,14 +121,15 @@ def _kept_bytes(megabytes: int | None, device: torch.device) -> int:
     """See `EngineConfig.activations_mb`."""
     if megabytes is not None:
         return megabytes * 10**6
-    return 0 if device.type != "cpu" else _memory_bytes() // 4
+    # of all memory, not of what is free: two runs of one seed on one machine are then the same to the last bit
+    return 0 if device.type != "cpu" else (whole_memory() or 0) // 4
 
 
-def _memory_bytes() -> int:
-    """Of this machine, or of the container this process may be in; 0 where neither can be told."""
-    found = []
-    with suppress(OSError, ValueError, AttributeError):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found, default=0)
+def scarcity(kept_bytes: int, free_bytes: int | None) -> str:
+    """What is to be said of memory before anything long starts; empty: nothing."""
+    if free_bytes is None or kept_bytes <= free_bytes:
+        return ""
+    return (
+        f"of an update's activations up to {kept_bytes / 1e9:.1f} GB are kept from rollout to learning, but only "
+        f"{free_bytes / 1e9:.1f} GB of memory are free; end other programs, or set engine.activations_mb lower"
+    )

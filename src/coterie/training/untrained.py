@@ -41,6 +41,7 @@ class UntrainedPolicies:
 
     local = None
     weights = None
+    scarce = ""
 
     def __init__(self, config: RunConfig, missing: Sequence[str]) -> None:
         """`missing`: the packages without which nothing can be trained.
