@@ -22,7 +22,7 @@ import fnmatch
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,7 +67,7 @@ class Run:
     def start(self) -> None:
         """Start every runner, one after another; one that fails is left out."""
         for runner in self.suite.runners:
-            if any(entry.runner == runner.name for entry in self.suite.entries):
+            if not self.suite.alone and any(entry.runner == runner.name for entry in self.suite.entries):
                 self._start(runner)
 
     def _start(self, runner: Runner) -> None:
@@ -98,10 +98,8 @@ class Run:
             enough = runs and (entry.once or spent + runs[-1]["seconds"] > PATIENCE)
             if entry.runner in self.failed or enough:
                 continue
-            try:
-                found = self._peers[entry.runner].go(entry.asked(number))
-            except PeerError as error:
-                self._fail(entry.runner, error)
+            found = self._ask(entry.runner, entry.asked(number))
+            if found is None:
                 continue
             runs.append({"round": number, **found})
             say(f"   {entry.name}: {found['seconds']:.3f} s")
@@ -114,11 +112,24 @@ class Run:
             if not entry.profile or entry.runner in self.failed or not kept["runs"]:
                 continue
             typical = median(run["seconds"] for run in kept["runs"])
-            asked = {**entry.asked(self.repeats), "profile": True, "seconds": typical}
-            try:
-                kept["profile"] = self._peers[entry.runner].go(asked)["profile"]
-            except PeerError as error:
-                self._fail(entry.runner, error)
+            found = self._ask(entry.runner, {**entry.asked(self.repeats), "profile": True, "seconds": typical})
+            if found is not None:
+                kept["profile"] = found["profile"]
+
+    def _ask(self, name: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """One repetition of a runner; None: it failed, and is left out from now on."""
+        if self.suite.alone:
+            self._start(next(runner for runner in self.suite.runners if runner.name == name))
+        if name in self.failed:
+            return None
+        try:
+            return self._peers[name].go(asked)
+        except PeerError as error:
+            self._fail(name, error)
+            return None
+        finally:
+            if self.suite.alone and name in self._peers:
+                self._peers.pop(name).stop()
 
     def result(self) -> dict[str, Any]:
         """JSON values of all there is so far."""

@@ -90,6 +90,8 @@ class Suite:
     entries: tuple[Entry, ...]
     repeats: int | None = None
     """Fixed number of rounds, where repeating says nothing new."""
+    alone: bool = False
+    """Whether a runner is loaded anew for every repetition and ended after it, where memory does not hold them all."""
 
     def without(self, patterns: Sequence[str]) -> Suite:
         """The suite without the entries whose names match a pattern."""
@@ -122,7 +124,9 @@ def suites(sizes: Sizes, material: Mapping[str, Any], native: str) -> list[Suite
     """All of them. `native`: the dtype this processor multiplies fast."""
     return [
         _update("update-small", sizes.small, sizes.micro_batches[0], material, "small", native, forced=False),
-        _update("update-large", sizes.large, sizes.micro_batches[1], material, "large", native, forced=True),
+        _update(
+            "update-large", sizes.large, sizes.micro_batches[1], material, "large", native, forced=True, alone=True
+        ),
         _generate(sizes, material, native),
         _policies(sizes, material),
         _memory(sizes, material),
@@ -166,6 +170,7 @@ def _update(
     native: str,
     *,
     forced: bool,
+    alone: bool = False,
 ) -> Suite:
     spec = _update_spec(sizes, material, prompts, forced=forced)
     # TRL's default is 8 sequences a pass, in bfloat16; where that is not native an update takes minutes, and no warm-up
@@ -188,6 +193,7 @@ def _update(
             Entry("Coterie", "ours", {"peer": "ours"}, profile=True),
             Entry(UNCOMPILED, "ours-uncompiled", {"peer": "uncompiled"}),
         ),
+        alone=alone,
     )
 
 
@@ -245,7 +251,7 @@ def _policies(sizes: Sizes, material: Mapping[str, Any]) -> Suite:
         Entry(f"{count} policies", f"policies-{count}", {"peer": "ours", "policies": count}, profile=True)
         for count in sizes.policies
     ]
-    return Suite("policies", _workload(sizes.policies_update, forced=True), tuple(runners), tuple(entries))
+    return Suite("policies", _workload(sizes.policies_update, forced=True), tuple(runners), tuple(entries), alone=True)
 
 
 def _memory(sizes: Sizes, material: Mapping[str, Any]) -> Suite:

@@ -28,7 +28,8 @@ METHOD = """## How it was measured
 
 - Every runner is a process of its own; peers have environments of their own, with the versions above. A runner loads,
   does the work once to warm up, and then once when asked. The rounds of a suite ask everyone in turn, in an order drawn
-  anew; all runners but the one asked are suspended. Figures are medians, with the lowest and highest in brackets.
+  anew; all runners but the one asked are suspended, or, with long updates and many policies, which memory does not hold
+  beside one another, not loaded. Figures are medians, with the lowest and highest in brackets.
 - Before and after each round matrix products ({dtype}, the best of several sizes) and reading memory are measured:
   {matmul} GFLOP/s and {read} GB/s over all rounds. The limit of a repetition uses the two measurements around it.
 - All have the same weights, the same prompts token for token, temperature 1 over the whole vocabulary, and all cores.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import re
@@ -224,6 +225,21 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
     assert found["failed"] == {"broken": "broken: it broke", "unready": "unready: cannot start"}
     assert [len(e["runs"]) for e in found["entries"].values()] == [2, 0, 0]
     assert set(found["runners"]) == {"one", "broken"}
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_memory_does_not_hold_together_is_loaded_one_at_a_time() -> None:
+    entry = bench_suites.Entry
+    suite = suite_of(
+        entry("a", "one", profile=True), entry("b", "broken"), entry("c", "unready"), unready={"unready": True}
+    )
+    found = measured(dataclasses.replace(suite, alone=True), 2)
+    # two repetitions and the profile of the first; who failed is not loaded again
+    assert sorted(FakePeer.made) == ["broken", "one", "one", "one", "rates", "unready"]
+    assert sorted(FakePeer.stopped) == ["broken", "one", "one", "one"]
+    assert set(found["failed"]) == {"broken", "unready"}
+    assert len(found["entries"]["a"]["runs"]) == 2
+    assert found["entries"]["a"]["profile"] == {"all": {"Python": 1.0}}
 
 
 @pytest.mark.usefixtures("fakes")
