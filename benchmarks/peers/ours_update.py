@@ -55,10 +55,12 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
         chat.stop_ids = (spec["never"],)
     loop = asyncio.new_event_loop()
     past: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    first: dict[str, list[float]] = {}
+    """Of the warm-up, for a process of which nothing but a profile is wanted."""
 
     def repeat(asked: Facts) -> Facts:
         if asked.get("profile"):
-            typical = {phase: median(seconds) for phase, seconds in past.items()}
+            typical = {phase: median(past[phase] or first[phase]) for phase in PHASES}
             return {"profile": loop.run_until_complete(meter.profiled(typical))}
         measured = loop.run_until_complete(meter.update())
         for phase in PHASES:
@@ -68,7 +70,8 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
         return {"seconds": measured.seconds, "phases": phases, "answer_tokens": answered / measured.turns}
 
     warm = repeat({})
-    for seconds in past.values():
+    for phase, seconds in past.items():
+        first[phase] = list(seconds)
         seconds.clear()
     return {
         "versions": versions("coterie", "transformers", "torch"),
