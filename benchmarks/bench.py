@@ -66,8 +66,10 @@ class Run:
 
     def start(self) -> None:
         """Start every runner, one after another; one that fails is left out."""
+        if self.suite.alone:
+            return
         for runner in self.suite.runners:
-            if not self.suite.alone and any(entry.runner == runner.name for entry in self.suite.entries):
+            if any(entry.runner == runner.name for entry in self.suite.entries):
                 self._start(runner)
 
     def _start(self, runner: Runner) -> None:

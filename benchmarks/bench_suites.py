@@ -124,8 +124,9 @@ def suites(sizes: Sizes, material: Mapping[str, Any], native: str) -> list[Suite
     """All of them. `native`: the dtype this processor multiplies fast."""
     return [
         _update("update-small", sizes.small, sizes.micro_batches[0], material, "small", native, forced=False),
-        _update(
-            "update-large", sizes.large, sizes.micro_batches[1], material, "large", native, forced=True, alone=True
+        replace(
+            _update("update-large", sizes.large, sizes.micro_batches[1], material, "large", native, forced=True),
+            alone=True,
         ),
         _generate(sizes, material, native),
         _policies(sizes, material),
@@ -170,7 +171,6 @@ def _update(
     native: str,
     *,
     forced: bool,
-    alone: bool = False,
 ) -> Suite:
     spec = _update_spec(sizes, material, prompts, forced=forced)
     # TRL's default is 8 sequences a pass, in bfloat16; where that is not native an update takes minutes, and no warm-up
@@ -193,7 +193,6 @@ def _update(
             Entry("Coterie", "ours", {"peer": "ours"}, profile=True),
             Entry(UNCOMPILED, "ours-uncompiled", {"peer": "uncompiled"}),
         ),
-        alone=alone,
     )
 
 

@@ -55,12 +55,11 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
         chat.stop_ids = (spec["never"],)
     loop = asyncio.new_event_loop()
     past: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    first: dict[str, list[float]] = {}
-    """Of the warm-up, for a process of which nothing but a profile is wanted."""
 
     def repeat(asked: Facts) -> Facts:
         if asked.get("profile"):
-            typical = {phase: median(past[phase] or first[phase]) for phase in PHASES}
+            # a process of which nothing else was wanted knows the time of its warm-up
+            typical = {phase: median(past[phase] or [warm["phases"][phase]["seconds"]]) for phase in PHASES}
             return {"profile": loop.run_until_complete(meter.profiled(typical))}
         measured = loop.run_until_complete(meter.update())
         for phase in PHASES:
@@ -70,8 +69,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
         return {"seconds": measured.seconds, "phases": phases, "answer_tokens": answered / measured.turns}
 
     warm = repeat({})
-    for phase, seconds in past.items():
-        first[phase] = list(seconds)
+    for seconds in past.values():
         seconds.clear()
     return {
         "versions": versions("coterie", "transformers", "torch"),

@@ -165,8 +165,6 @@ def assemble(
     made = Assembled(policies, loop, engine, calls, RunWriter(run, start) if run is not None else None)
     if made.writer is not None:
         loop.keep = made.writer.keep
-    if policies.scarce:
-        observer.warning(policies.scarce)
     if policies.untrained:
         observer.warning(policies.untrained)
     elif run is not None:

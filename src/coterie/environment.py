@@ -239,8 +239,7 @@ class MultiModelEnvironment:
         """Train for `cycles` updates and return their records."""
         if cycles < 1:
             raise ConfigError(f"cycles is {cycles}; it must be at least 1")
-        loop = self._ready()
-        await self._calibrate(loop)
+        loop = await self._training()
         before = len(loop.records)
         try:
             await loop.run(loop.update + cycles)
@@ -250,8 +249,7 @@ class MultiModelEnvironment:
 
     async def train(self) -> TrainSummary:
         """Do what is left of the config's updates, then evaluate."""
-        loop = self._ready()
-        await self._calibrate(loop)
+        loop = await self._training()
         try:
             if not await loop.run(self.config.updates):
                 return TrainSummary(False, loop.update)
@@ -377,6 +375,15 @@ class MultiModelEnvironment:
         if not train:
             raise ScenarioError(f"scenario {self.config.scenario.id!r} gives no training task")
         return [*train, *heldout]
+
+    async def _training(self) -> TrainingLoop:
+        """The loop, ready for an update."""
+        loop = self._ready()
+        scarce = self._assembled.policies.scarce
+        if scarce and not loop.records:
+            self.observer.warning(scarce)
+        await self._calibrate(loop)
+        return loop
 
     async def _calibrate(self, loop: TrainingLoop) -> None:
         """Find the biases of choices, once and before the first update."""

@@ -9,12 +9,12 @@ import pytest
 from coterie.capacity import free_memory, whole_memory
 
 MEMINFO = "MemTotal:       8000 kB\nMemFree:  10 kB\nMemAvailable:    3000 kB\n"
+STAT = "anon 1400000\nfile 2100000\nactive_file 100000\ninactive_file 2000000\n"
 
 
 def system(root: Path, **files: str) -> Path:
     for name, text in files.items():
-        path = root / {"meminfo": "proc", "max": "sys/fs/cgroup/memory", "current": "sys/fs/cgroup/memory"}[name]
-        path = path / name if name == "meminfo" else path.with_name(f"memory.{name}")
+        path = root / ("proc/meminfo" if name == "meminfo" else f"sys/fs/cgroup/memory.{name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
@@ -28,6 +28,8 @@ def system(root: Path, **files: str) -> Path:
         ({"meminfo": MEMINFO, "max": "4000000\n", "current": "3500000\n"}, 4_000_000, 500_000),
         ({"meminfo": MEMINFO, "max": "4000000\n", "current": "4100000\n"}, 4_000_000, 0),
         ({"meminfo": MEMINFO, "max": "9000000\n", "current": "1000000\n"}, 8_192_000, 3_072_000),
+        # files that were read give way
+        ({"meminfo": MEMINFO, "max": "4000000\n", "current": "3500000\n", "stat": STAT}, 4_000_000, 2_500_000),
     ],
 )
 def test_the_smaller_of_machine_and_container(tmp_path: Path, files: dict[str, str], whole: int, free: int) -> None:

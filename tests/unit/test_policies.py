@@ -76,19 +76,47 @@ def test_memory_that_suffices_is_not_spoken_of(kept: int, free: int | None) -> N
     assert scarcity(kept, free) == ""
 
 
-def test_memory_that_may_not_suffice_is_spoken_of_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def said_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, **learner: bool
+) -> tuple[list[str], list[str]]:
+    """While models are measured, and while they are trained, two updates one by one."""
     monkeypatch.setattr("coterie.training.policies.free_memory", lambda: 10**8)
     environment = MultiModelEnvironment(
         config=parse_config({
-            "base": {"model": str(tiny_random(tmp_path)), "dtype": "float32"}, "models": [{"model_id": "a"}],
-            "scenario": {"id": "signaling"}, "engine": {"activations_mb": 2500},
+            "base": {"model": str(tiny_random(tmp_path)), "dtype": "float32"}, "learner": learner,
+            "models": [{"model_id": "a"}, {"model_id": "b"}], "scenario": {"id": "signaling"},
+            "engine": {"activations_mb": 2500, "calibration": False},
+            "rollout": {"tasks_per_update": 2, "group_size": 2},
         })
     )  # fmt: skip
+
+    def warnings() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if "activations" in record.getMessage()]
+        caplog.clear()
+        return found
+
+    async def go() -> tuple[list[str], list[str]]:
+        await environment.measure(2)
+        measuring = warnings()
+        for _ in range(2):
+            await environment.train_cycles(1)
+        return measuring, warnings()
+
     with caplog.at_level("WARNING"):
-        environment.build()
-    (said,) = [record.getMessage() for record in caplog.records if "activations" in record.getMessage()]
+        return asyncio.run(go())
+
+
+def test_a_learner_that_keeps_nothing_needs_no_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert said_of_memory(tmp_path, monkeypatch, caplog, gradient_checkpointing=True) == ([], [])
+
+
+def test_memory_that_may_not_suffice_is_spoken_of_once_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measuring, (said,) = said_of_memory(tmp_path, monkeypatch, caplog)
+    assert measuring == []
     assert "up to 2.5 GB" in said
     assert "only 0.1 GB of memory are free" in said
     assert "set engine.activations_mb lower" in said

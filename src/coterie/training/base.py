@@ -81,7 +81,7 @@ class Policies(Protocol):
 
     @property
     def scarce(self) -> str:
-        """What is to be said where memory may not suffice; empty: nothing."""
+        """What is to be said before the first update where memory may not suffice; empty: nothing."""
         ...
 
     @property

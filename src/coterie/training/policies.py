@@ -52,7 +52,7 @@ class TrainedPolicies:
         self._seed_of = seed_of
         for model in models:
             self._give_adapter(model)
-        kept_bytes = _kept_bytes(config.engine.activations_mb, self.base.device)
+        kept_bytes = _kept_bytes(config, self.base.device)
         self.scarce = scarcity(kept_bytes, free_memory())
         self.local = LocalEngine(
             self.base,
@@ -117,16 +117,18 @@ class TrainedPolicies:
         base.bank.publish(model.adapter)
 
 
-def _kept_bytes(megabytes: int | None, device: torch.device) -> int:
-    """See `EngineConfig.activations_mb`."""
-    if megabytes is not None:
-        return megabytes * 10**6
+def _kept_bytes(config: RunConfig, device: torch.device) -> int:
+    """See `EngineConfig.activations_mb`; none for a learner that checkpoints, which asks for nothing."""
+    if config.learner.gradient_checkpointing:
+        return 0
+    if config.engine.activations_mb is not None:
+        return config.engine.activations_mb * 10**6
     # of all memory, not of what is free: two runs of one seed on one machine are then the same to the last bit
     return 0 if device.type != "cpu" else (whole_memory() or 0) // 4
 
 
 def scarcity(kept_bytes: int, free_bytes: int | None) -> str:
-    """What is to be said of memory before anything long starts; empty: nothing."""
+    """See `Policies.scarce`."""
     if free_bytes is None or kept_bytes <= free_bytes:
         return ""
     return (
