@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -157,25 +160,98 @@ def test_time_others_take_the_event_loop_for_does_not_count() -> None:
     assert asyncio.run(main()) is DONE
 
 
-def test_the_clock_stands_while_any_seat_is_asked_and_starts_anew_after_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+def test_time_that_plays_take_from_one_another_before_they_ask_does_not_count() -> None:
+    async def play() -> Outcome:
+        clock = clocks[asyncio.current_task()]
+
+        async def turn() -> None:
+            clock.stop()
+            await asyncio.sleep(2 * LIMIT_S)
+            clock.go_on()
+
+        time.sleep(LIMIT_S / 4)  # a slow rule, in each of twelve episodes
+        await asyncio.gather(turn())
+        return DONE
+
+    watch = Watch(LIMIT_S)
+    clocks: dict[asyncio.Task[Any] | None, Clock] = {}
+
+    async def one(clock: Clock) -> Outcome:
+        clocks[asyncio.current_task()] = clock
+        return await watch.drive(play(), clock)
+
+    async def main() -> list[Outcome]:
+        with watch.watching():
+            return await asyncio.gather(*(one(Clock()) for _ in range(12)))
+
+    assert asyncio.run(main()) == [DONE] * 12
+
+
+SUSPENDED = """
+import asyncio, os, signal, sys
+from coterie.rollout.limits import Clock, Watch
+from coterie.types import Outcome
+
+where, limit_s = sys.argv[1], float(sys.argv[2])
+clock = Clock()
+
+def suspend(point):
+    if point == where:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+async def turn():
+    suspend("before it asks")
+    clock.stop()
+    suspend("while it asks")
+    await asyncio.sleep(limit_s / 2)
+    clock.go_on()
+    suspend("after the answer")
+
+async def play():
+    suspend("while it computes")
+    await asyncio.gather(turn())
+    await asyncio.sleep(limit_s / 4)
+    return Outcome({"one": 1.0})
+
+async def main():
+    watch = Watch(limit_s)
+    with watch.watching():
+        print((await watch.drive(play(), clock)).scores)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be suspended here")
+@pytest.mark.parametrize("where", ["while it computes", "before it asks", "while it asks", "after the answer"])
+def test_time_for_which_the_process_was_suspended_does_not_count(where: str) -> None:
+    command = [sys.executable, "-c", SUSPENDED, where, str(LIMIT_S)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        time.sleep(3 * LIMIT_S)
+        process.send_signal(signal.SIGCONT)
+        said, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (said.strip(), errors) == ("{'one': 1.0}", "")
+
+
+def test_the_clock_stands_while_any_seat_is_asked_and_starts_anew_after_a_turn() -> None:
     clock = Clock()
-    now[0] = 2.0
-    assert clock.own_s == 2
+    clock.look()
     clock.stop()
-    now[0] = 5.0
+    clock.look()
     clock.stop()
-    now[0] = 7.0
     clock.go_on()
-    now[0] = 9.0
-    assert clock.own_s == 2
+    clock.look()
+    assert clock.looks == 1
     clock.go_on()
-    now[0] = 10.0
-    assert clock.own_s == 3
+    clock.look()
+    assert clock.looks == 2
     clock.start()
-    now[0] = 10.5
-    assert clock.own_s == 0.5
+    assert clock.looks == 0
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ A scenario is foreign code. What it does between two turns is its own time; the 
 
     own time = since its start or its latest turn, without what it spent waiting for a seat to answer
 
-Turns are bounded by `task.max_steps`, so a bound on own time bounds an episode however slow the engine is. `drive`
-takes a play from one suspension to the next by hand and knows, at any moment, whether the scenario's code is running.
-Past the limit, a play that
+Turns are bounded by `task.max_steps`, so a bound on own time bounds an episode however slow the engine is. It is
+measured in looks, eight within the limit, and not by a clock: a process that was suspended, or an event loop that other
+plays or an engine took up, looks late and once, so that time in which a play could not go on does not count against it.
+`drive` takes a play from one suspension to the next by hand and knows, at any moment, whether the scenario's code is
+running. Past the limit, a play that
 
   - waits for something that never comes is cancelled as a task is, its ``finally`` clauses run, and one that refuses
     to go is left behind;
@@ -35,41 +37,34 @@ from coterie.errors import ScenarioError
 from coterie.types import Outcome
 
 _LOOKS = 8
-"""Times within the limit that plays are looked at; one is stopped at most this share of the limit too late."""
+"""Times within the limit that plays are looked at; one is stopped at most a look too late."""
 
 
 class Clock:
-    """Own time of one episode, in seconds."""
+    """Own time of one episode, in looks."""
 
-    __slots__ = ("_since", "_spent", "_waiting")
+    __slots__ = ("_waiting", "looks")
 
     def __init__(self) -> None:
-        self._spent = 0.0
-        self._since = time.monotonic()
+        self.looks = 0
+        """So far, since the episode's start or its latest turn."""
         self._waiting = 0
 
     def start(self) -> None:
         """Count from now on."""
-        self._spent, self._since = 0.0, time.monotonic()
+        self.looks = 0
 
     def stop(self) -> None:
         """Stand still while a seat is asked; several may be asked at once, and `go_on` is called for each."""
-        if not self._waiting:
-            self._spent += time.monotonic() - self._since
         self._waiting += 1
 
     def go_on(self) -> None:
         self._waiting -= 1
+
+    def look(self) -> None:
+        """Count one more, unless it stands still."""
         if not self._waiting:
-            self._since = time.monotonic()
-
-    def forgive(self, seconds: float) -> None:
-        """Leave out time in which nothing could go on, because the event loop was taken up by others."""
-        self._since = min(time.monotonic(), self._since + seconds)
-
-    @property
-    def own_s(self) -> float:
-        return self._spent + (0.0 if self._waiting else time.monotonic() - self._since)
+            self.looks += 1
 
 
 class _StopError(BaseException):
@@ -79,7 +74,7 @@ class _StopError(BaseException):
 class _Play:
     """One play on its way, as something to await."""
 
-    __slots__ = ("began", "clock", "coro", "limit_s", "over", "set_running", "task")
+    __slots__ = ("clock", "coro", "limit_s", "over", "set_running", "task")
 
     def __init__(
         self,
@@ -95,15 +90,12 @@ class _Play:
         self.task = asyncio.current_task()
         self.over = 0
         """How often it was told to end."""
-        self.began = 0.0
-        """When its code was last given control."""
 
     def __await__(self) -> Generator[Any, None, Outcome]:
         thrown: BaseException | None = None
         cancelled = False
         self.clock.start()
         while True:
-            self.began = time.monotonic()
             self.set_running(self)
             try:
                 yielded = self.coro.send(None) if thrown is None else self.coro.throw(thrown)
@@ -137,8 +129,10 @@ class _Play:
                 cancelled = cancelled or isinstance(error, asyncio.CancelledError)
 
     def look(self) -> None:
-        """Tell it to end if it is overdue: once, and again when it has still not gone."""
-        if self.task is not None and self.clock.own_s > self.limit_s * (1 + self.over):
+        """Tell it to end if it is overdue: once, and again when it has still not gone as much later."""
+        self.clock.look()
+        if self.task is not None and self.clock.looks > _LOOKS:
+            self.clock.start()
             self.over += 1
             self.task.cancel()
 
@@ -167,10 +161,12 @@ class Watch:
         self.limit_s = limit_s
         self._plays: set[_Play] = set()
         self._running: _Play | None = None
+        self._ran: float | None = None
+        """Looks for which the running play has kept control; None before the first."""
+        self._cpu_s = 0.0
+        """This thread's processor time at that look."""
         self._watching = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
-        """When plays should be looked at next."""
         self._alarmed = False
 
     async def drive(self, coro: Coroutine[Any, Any, Outcome], clock: Clock) -> Outcome:
@@ -207,15 +203,13 @@ class Watch:
 
     def _set_running(self, play: _Play | None) -> None:
         self._running = play
+        self._ran = None
 
     def _look_later(self) -> None:
-        self._due = time.monotonic() + self.limit_s / _LOOKS
         self._timer = asyncio.get_running_loop().call_later(self.limit_s / _LOOKS, self._look)
 
     def _look(self) -> None:
-        late = max(0.0, time.monotonic() - self._due)
         for play in list(self._plays):
-            play.clock.forgive(late)
             play.look()
         self._look_later()
 
@@ -236,6 +230,13 @@ class Watch:
             self._alarmed = False
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
-        running = self._running
-        if running is not None and time.monotonic() - running.began > self.limit_s:
+        if self._running is None:
+            return
+        cpu_s = time.thread_time()
+        if self._ran is None:
+            self._ran = 0.0
+        else:  # several alarms during one long call into compiled code come as one
+            self._ran += max(1.0, (cpu_s - self._cpu_s) / self.limit_s * _LOOKS)
+        self._cpu_s = cpu_s
+        if self._ran >= _LOOKS:
             raise _StopError
