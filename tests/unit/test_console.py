@@ -140,6 +140,16 @@ def test_an_update_is_one_line_with_every_model(plain: PlainConsole, out: io.Str
     )
 
 
+def test_what_is_left_follows_from_all_recent_updates_told_or_not(
+    plain: PlainConsole, out: io.StringIO, clock: Clock
+) -> None:
+    for number, seconds in ((1, 9.0), (2, 1.0), (3, 1.0), (4, 500.0)):
+        made = record(number, 40, "leader")
+        clock.now += 1.0 if number < 4 else 500.0
+        plain.update(replace(made, seconds={**made.seconds, "total": seconds}))
+    assert [line.split(" left")[0].split(", ")[1] for line in out.getvalue().splitlines()] == ["5:51", "3:00"]
+
+
 def test_accuracy_is_left_out_where_there_is_no_right_answer(plain: PlainConsole, out: io.StringIO) -> None:
     plain.update(record(1, accuracy=False))
     assert "accuracy" not in out.getvalue()
@@ -381,8 +391,9 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_remaining_is_the_recent_mean_times_what_is_left() -> None:
+def test_remaining_is_the_recent_median_times_what_is_left() -> None:
     assert remaining(record(10, 40), [1.0, 3.0]) == 60.0
+    assert remaining(record(10, 40), [2.0, 1.0, 460.0]) == 60.0
     assert remaining(record(40, 40), [1.0]) == 0.0
     assert remaining(record(1, 40), []) == 0.0
 

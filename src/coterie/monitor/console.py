@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import median
 from textwrap import wrap
 from typing import Protocol, TextIO
 
@@ -101,6 +102,7 @@ class PlainConsole:
         self._started = clock()
         self._told: float | None = None
         self._untold: UpdateRecord | None = None
+        self._seconds: deque[float] = deque(maxlen=HISTORY)
         self._gone = False
 
     def stage(self, text: str) -> None:
@@ -117,6 +119,7 @@ class PlainConsole:
             self._line(f"{clean(text, lines=False)}: {done}/{total}")
 
     def update(self, record: UpdateRecord) -> None:
+        self._seconds.append(record.seconds.get("total", 0.0))
         now = self._clock()
         edge = record.update in (1, record.updates)
         if not edge and self._told is not None and now - self._told < self._interval:
@@ -129,7 +132,7 @@ class PlainConsole:
         self._untold = None
         now = self._clock()
         models = " | ".join(_plain_figures(performance, record) for performance in record.performances)
-        left = remaining(record, [record.seconds.get("total", 0.0)])
+        left = remaining(record, self._seconds)
         times = f"{duration(now - self._started)} elapsed, {duration(left)} left"
         figures = outcomes(record)
         models += f" | {figures}" if figures else ""
@@ -320,9 +323,9 @@ def made_up(record: UpdateRecord) -> str:
 
 
 def remaining(record: UpdateRecord, seconds: Sequence[float] | deque[float]) -> float:
-    """Seconds until the last update, from the mean of the recent ones."""
-    mean = sum(seconds) / len(seconds) if seconds else 0.0
-    return mean * max(0, record.updates - record.update)
+    """Seconds until the last update, from the median of the recent ones: the first is slow, and one during which the
+    machine slept says nothing."""
+    return (median(seconds) if seconds else 0.0) * max(0, record.updates - record.update)
 
 
 def duration(seconds: float) -> str:
