@@ -280,13 +280,16 @@ class MultiModelEnvironment:
 
     async def measure(self, tasks: int, split: Split = Split.HELDOUT) -> Evaluation:
         """As `evaluate`, but the figures themselves."""
-        await self._calibrate(self._ready())
+        loop = self._ready()
+        await self._calibrate(loop)
+        await loop.announce()
         return await self._evaluate(tasks, split)
 
     async def play(self, seat: SeatId | None, ask: Ask, task_index: int) -> Episode:
         """Play held-out task `task_index` with a person in `seat` (None: the last seat); `ask` gets the answers."""
         loop = self._ready()
         task = self._task(task_index)
+        await loop.announce()
         holders = loop.runner.seating(task, list(self.models.values()), 0, rotate=False)
         holders = with_person(holders, seat if seat is not None else list(holders)[-1])
         runner = with_services(loop.runner, ask=ask)
@@ -313,9 +316,14 @@ class MultiModelEnvironment:
         }
 
     async def aclose(self) -> None:
-        """Let go of engine and database. Training again builds nothing new, so this comes last."""
+        """Take adapters down from servers, let go of engine and database. Training again builds nothing new, so this
+        comes last."""
         if self._made is not None:
             await self._made.close()
+
+    def close(self) -> None:
+        """As `aclose`, outside an event loop."""
+        asyncio.run(self.aclose())
 
     # -- building -----------------------------------------------------------------------------------------------
 

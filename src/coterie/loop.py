@@ -115,7 +115,19 @@ class TrainingLoop:
             finally:
                 await self._give_up()
 
+    async def announce(self) -> None:
+        """Give the engine every model's current version, as it stands; what it has cached is dropped.
+
+        Before anything is asked of a model that was trained by another process, because servers know none of its
+        versions. And before every update: whatever was measured or played since the last one stays in the engine's
+        cache, and what is cached changes which tokens are computed together; a resumed run starts empty, so every
+        update does.
+        """
+        for model in self.models:
+            await self.engine.publish(model.adapter, None)
+
     async def _run(self, until: int) -> bool:
+        await self.announce()
         if self.update and self._reached(await self._exact()):
             return True
         while self.update < until and not self.stopping:
@@ -133,10 +145,7 @@ class TrainingLoop:
         number = self.update + 1
         started = time.perf_counter()
         if not self._ahead:
-            for model in self.models:
-                # whatever was measured or played since the last update stays in the engine's cache, and what is cached
-                # changes which tokens are computed together; a resumed run starts empty, so every update does
-                await self.engine.publish(model.adapter, None)
+            await self.announce()
         try:
             with self.learner.listening():
                 playing = self._ahead.pop(number) if number in self._ahead else self._play(number)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from coterie.monitor.console import Silent
 from coterie.monitor.metrics import UpdateRecord
 from coterie.runs.directory import RunDirectory
 from coterie.types import Episode, Tier
-from tests.support.served import served
+from tests.support.served import MAIN, served
 
 PAIR = [{"model_id": "a", "lora_rank": 4, "learning_rate": 5e-4}, {"model_id": "b", "learning_rate": 5e-4}]
 
@@ -122,6 +125,43 @@ def test_a_run_on_a_server_trains_what_the_server_said(
     lines = [json.loads(line) for line in (tmp_path / "run" / "calls.jsonl").read_text().splitlines()]
     assert {line["tier"] for line in lines} == {"http"}
     assert not (tmp_path / "run" / "published").exists()  # nothing is left behind
+
+
+def test_a_command_leaves_no_adapter_on_the_server_and_says_nothing_of_connections(
+    settings: Callable[..., RunConfig], tiny_path: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory.create(tmp_path / "run", settings([], updates=0))  # for its folder alone
+    with served(tiny_path, tmp_path) as (_, url):
+        config = tmp_path / "config.toml"
+        written = (run.path / "config.toml").read_text()
+        config.write_text(written.replace("servers = []", f'servers = [{{url = "{url}"}}]'))
+        trained = tmp_path / "trained"
+        commands = {
+            "train": [
+                "train",
+                str(config),
+                "--folder",
+                str(trained),
+                "--set",
+                "updates=2",
+                "--set",
+                "evaluation.every=1",
+            ],
+            "resume": ["train", "--resume", str(trained)],
+            "eval": ["eval", str(trained), "--tasks", "2"],
+            "play": ["play", str(trained)],
+        }
+        for name, arguments in commands.items():
+            done = subprocess.run(
+                [sys.executable, "-c", MAIN, *arguments],
+                input="1\n1\n", capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, (name, done.stdout, done.stderr)
+            assert "inference by tier http" in done.stdout, name
+            assert done.stderr == "", name
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+                assert len(json.load(answer)["data"]) == 1, name
+            assert not (trained / "published").exists(), name
 
 
 def test_the_same_run_in_process_and_on_a_server_learns_the_same(

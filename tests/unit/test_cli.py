@@ -223,9 +223,13 @@ class Trainer:
         self.run, self.observer, self.step = run, observer, step
         self.stopping = False
         self.update = 0
+        self.closed = 0
 
     def request_stop(self) -> None:
         self.stopping = True
+
+    async def aclose(self) -> None:
+        self.closed += 1
 
     async def train(self) -> Ended:
         metrics = MetricsFile(self.run.metrics_path)
@@ -245,11 +249,19 @@ class Trainer:
 
 
 def train(run: RunDirectory, step: Callable[[Trainer], None] = lambda _: None) -> int:
-    """Drive a `Trainer`; its exit code."""
+    """Drive a `Trainer`; its exit code. However it ends, it is closed, once."""
+    made: list[Trainer] = []
+
+    def build(run: RunDirectory, observer: Observer) -> Trainer:
+        made.append(Trainer(run, observer, step))
+        return made[-1]
+
     try:
-        drive(run, lambda r, observer: Trainer(r, observer, step), PlainConsole(sys.stdout))
+        drive(run, build, PlainConsole(sys.stdout))
     except typer.Exit as left:
         return left.exit_code
+    finally:
+        assert [trainer.closed for trainer in made] == [1]
     return 0
 
 
@@ -380,6 +392,9 @@ class Environment:
 
     def request_stop(self) -> None: ...
 
+    async def aclose(self) -> None:
+        self.events.append("closed")
+
     async def evaluate(self, tasks: int) -> ResultTable:
         assert (self.run.path / "lock").exists()
         return ResultTable("held-out", ("model", "tasks"), (("leader", tasks),))
@@ -471,7 +486,7 @@ def test_an_error_in_training_says_how_to_go_on(
     # what was printed, typed
     again = invoke(*shlex.split(result.stderr.splitlines()[-1].removeprefix("go on: coterie ")))
     assert again.exit_code == 0
-    assert environment.events[-1] == "resume [2]"
+    assert environment.events[-2:] == ["resume [2]", "closed"]
 
 
 def test_a_bug_in_training_says_how_to_go_on_after_its_trace(run: RunDirectory) -> None:
@@ -484,7 +499,7 @@ def test_a_bug_in_training_says_how_to_go_on_after_its_trace(run: RunDirectory) 
 def test_resume_goes_on_from_the_checkpoint(trained: RunDirectory, environment: type[Environment]) -> None:
     result = invoke("train", "--resume", trained.path)
     assert result.exit_code == 0, result.output
-    assert environment.events == ["resume [4]"]
+    assert environment.events == ["resume [4]", "closed"]
 
 
 def test_resume_before_any_checkpoint_begins_anew(run: RunDirectory, environment: type[Environment]) -> None:
@@ -496,10 +511,10 @@ def test_resume_before_any_checkpoint_begins_anew(run: RunDirectory, environment
     assert [entry["update"] for entry in MetricsFile.read(run.metrics_path)] == [1, 2, 3, 4]
 
 
-@pytest.mark.usefixtures("environment")
-def test_eval_shows_and_keeps_its_table(trained: RunDirectory) -> None:
+def test_eval_shows_and_keeps_its_table(trained: RunDirectory, environment: type[Environment]) -> None:
     result = invoke("eval", trained.path, "--tasks", 12)
     assert result.exit_code == 0, result.output
+    assert environment.events == ["resume [4]", "closed"]
     assert "leader     12" in result.stdout
     assert '"tasks"' in (trained.path / "results" / "eval.json").read_text()
     assert invoke("eval", trained.path).stdout.count("leader    100") == 1
@@ -531,11 +546,11 @@ def test_a_person_plays_to_the_end(trained: RunDirectory) -> None:
     assert "\x1b" not in out
 
 
-@pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("typed", ["", "2\n", "nonsense\n"])
-def test_a_person_may_leave(trained: RunDirectory, typed: str) -> None:
+def test_a_person_may_leave(trained: RunDirectory, environment: type[Environment], typed: str) -> None:
     result = invoke("play", trained.path, text=typed)
     assert result.exit_code == 0
+    assert environment.events == ["resume [4]", "closed"]
     assert "goodbye" in result.stdout
     assert result.stderr == ""
 

@@ -637,7 +637,7 @@ def test_a_closed_environment_lets_go_of_its_run(settings: Callable[..., RunConf
     config = settings(models=[{"model_id": "a"}, {"model_id": "b"}])
     env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(tmp_path / "run", config))
     env.run_training_cycle()
-    asyncio.run(env.aclose())
+    env.close()
     asyncio.run(env.aclose())
     again = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
     assert [record.update for record in again.run_training_cycle()] == [2]

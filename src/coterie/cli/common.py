@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
+from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
@@ -59,6 +60,19 @@ def check_parts(config: RunConfig) -> None:
     build_scenario(config.scenario.id, config.scenario.options)
     build_mode(config.mode, config.custom_mode)
     build_credit(config.credit, config.mode)
+
+
+class Closes(Protocol):
+    """What holds engines, servers and files until it is closed."""
+
+    async def aclose(self) -> None: ...
+
+
+async def and_close(environment: Closes, work: Awaitable[T]) -> T:
+    """Await `work`, then close `environment`, however it ends: adapters are taken down from servers, connections and
+    the run's database are closed."""
+    async with aclosing(environment):
+        return await work
 
 
 def run_interruptible(work: Coroutine[Any, Any, T]) -> T:

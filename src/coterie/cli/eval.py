@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.common import open_trained, run_interruptible, say
+from coterie.cli.common import and_close, open_trained, run_interruptible, say
 
 
 def evaluate(
@@ -29,7 +29,9 @@ def evaluate(
             from coterie.environment import MultiModelEnvironment
 
             environment = MultiModelEnvironment.resume(run, observer)
-            table = run_interruptible(environment.evaluate(tasks or run.config.evaluation.tasks or 100))
+            table = run_interruptible(
+                and_close(environment, environment.evaluate(tasks or run.config.evaluation.tasks or 100))
+            )
             observer.table(table)
         finally:
             observer.close()

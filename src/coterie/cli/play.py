@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coterie.cli.common import open_trained, run_interruptible, say
+from coterie.cli.common import and_close, open_trained, run_interruptible, say
 from coterie.errors import CoterieError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def play(
 
         try:
             environment = MultiModelEnvironment.resume(run, observer)
-            episode = run_interruptible(environment.play(seat, person.ask, task))
+            episode = run_interruptible(and_close(environment, environment.play(seat, person.ask, task)))
         except CoterieError:
             if not person.left:
                 raise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from coterie.cli.common import check_parts, say
+from coterie.cli.common import and_close, check_parts, say
 from coterie.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Trainable(Protocol):
     async def train(self) -> Summary: ...
 
     def request_stop(self) -> None: ...
+
+    async def aclose(self) -> None: ...
 
 
 Build = Callable[["RunDirectory", "Observer"], Trainable]
@@ -156,7 +158,7 @@ def drive(run: RunDirectory, build: Build, observer: Observer) -> None:
             environment = build(run, observer)
             stopping.request_stop = environment.request_stop
             try:
-                summary = asyncio.run(environment.train())
+                summary = asyncio.run(and_close(environment, environment.train()))
             except Exception as error:
                 error.add_note(_how_to_go_on(run))
                 raise
