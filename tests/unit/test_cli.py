@@ -6,6 +6,7 @@ Environments here are small stand-ins that keep the promises the commands rely o
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shlex
 import signal
@@ -320,6 +321,30 @@ def test_a_second_signal_ends_at_once(run: RunDirectory, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert f"aborted; no checkpoint yet in {run.path}" in out
     assert "coterie train --resume" in out
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_signal_while_another_task_runs_says_no_more(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = []
+
+    async def call_a_server() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("still going")
+
+    def second_step(trainer: Trainer) -> None:
+        if trainer.update == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            trainer.stopping = False
+            tasks.append(asyncio.get_running_loop().create_task(call_a_server()))
+
+    assert train(run, second_step) == 130
+    (task,) = tasks
+    assert task.done()
+    del task, tasks[:]
+    gc.collect()  # asyncio tells of failures nobody looked at when their task goes
+    assert caplog.records == []
 
 
 @pytest.mark.usefixtures("handlers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,62 @@ def test_a_version_is_saved_loaded_asked_for_and_taken_down(tmp_path: Path) -> N
             await deployment.close()
             assert server.loaded == {}
         assert not (tmp_path / "published").exists()
+
+    asyncio.run(go())
+
+
+def _deployment(root: Path, servers: Sequence[FakeServer]) -> Deployment:
+    return Deployment(
+        _config(servers=[{"url": server.url} for server in servers], tiers=["http"]),
+        inside=(),
+        weights=Weights(lambda version, directory: write_adapter(directory, seed=1), lambda version: None),
+        root=root,
+    )
+
+
+@pytest.mark.parametrize("publishes", [True, False], ids=["goes on", "only ends"])
+def test_what_a_killed_process_left_is_taken_down_by_the_next_one(tmp_path: Path, publishes: bool) -> None:
+    root = tmp_path / "published"
+
+    async def go() -> None:
+        async with FakeServer() as one, FakeServer() as two:
+            killed = _deployment(root, (one, two))
+            await killed.publish(AdapterVersion("a", 1))
+            assert len(one.loaded) == len(two.loaded) == len(list(root.iterdir())) == 1
+            await killed.rest()  # and nothing more: it is gone
+            after = _deployment(root, (one, two))
+            if publishes:
+                await after.publish(AdapterVersion("a", 2))
+                (held,) = one.loaded
+                assert held.startswith("a-v2-")
+                assert set(two.loaded) == {path.name for path in root.iterdir()} == {held}
+            await after.close()
+            assert one.loaded == two.loaded == {}
+            assert not root.exists()
+            await after.close()  # twice is fine
+
+    asyncio.run(go())
+
+
+def test_what_a_killed_process_left_on_a_server_that_is_away_stays_until_it_is_back(tmp_path: Path) -> None:
+    root = tmp_path / "published"
+
+    async def go() -> None:
+        async with FakeServer() as one, FakeServer() as two:
+            await (killed := _deployment(root, (one, two))).publish(AdapterVersion("a", 1))
+            await killed.rest()
+            (left,) = root.iterdir()
+            two.kill()
+            after = _deployment(root, (one, two))
+            await after.publish(AdapterVersion("a", 2))
+            assert len(one.loaded) == 1
+            await after.close()
+            assert one.loaded == {}
+            assert left.is_dir()
+            await two.revive(adapters=True)
+            await _deployment(root, (one, two)).close()
+            assert two.loaded == {}
+            assert not root.exists()
 
     asyncio.run(go())
 

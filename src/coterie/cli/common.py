@@ -14,6 +14,8 @@ import typer
 from coterie.errors import ConfigError, CoterieError, RunFolderError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from coterie.config import RunConfig
     from coterie.runs.directory import RunDirectory
 
@@ -68,9 +70,20 @@ class Closes(Protocol):
     async def aclose(self) -> None: ...
 
 
+def _but_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
+
+
 async def and_close(environment: Closes, work: Awaitable[T]) -> T:
     """Await `work`, then close `environment`, however it ends: adapters are taken down from servers, connections and
-    the run's database are closed."""
+    the run's database are closed.
+
+    An interrupt that came while some other task ran is not told of a second time, as that task's failure.
+    """
+    import asyncio
+
+    asyncio.get_running_loop().set_exception_handler(_but_interrupts)
     async with aclosing(environment):
         return await work
 

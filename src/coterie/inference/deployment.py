@@ -15,8 +15,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from coterie.config import InferenceConfig, ServerConfig
@@ -27,6 +29,7 @@ from coterie.inference.canary import Probe
 from coterie.inference.fleet import Fleet
 from coterie.inference.http import HttpControl, HttpTransport
 from coterie.inference.ladder import TierStatus
+from coterie.inference.leftovers import take_down
 from coterie.inference.pool import ServerPool
 from coterie.inference.publisher import Publisher
 from coterie.inference.remote import RemoteEngine
@@ -37,7 +40,7 @@ from coterie.types import AdapterVersion, GenerateRequest, Generation, ModelId, 
 logger = logging.getLogger("coterie.deployment")
 
 WITHDRAW_S = 15.0
-"""Servers have, at the end of a run, to let go of its adapters."""
+"""Servers have to let go of adapters, at the end of a run or of those another process left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,10 @@ class Deployment:
         self.fleet: Fleet | None = None
         self.publisher: Publisher | None = None
         self._root: Path | None = None
+        self._swept = False
+        """Whether what an earlier process left in the root was looked for."""
+        self._leftovers: Callable[[], Awaitable[tuple[str, ...]]] | None = None
+        """Takes down whatever stands in the root; see `leftovers.take_down`."""
         self._versions: dict[ModelId, int] = {}
         by_tier = {engine.tier: engine for engine in inside}
         engines: list[Engine] = []
@@ -164,6 +171,7 @@ class Deployment:
         else:
             root.mkdir(parents=True, exist_ok=True)
             self._root = root
+        self._leftovers = partial(take_down, self._root, specs, control)
         self.fleet = Fleet(
             pool,
             control,
@@ -191,6 +199,7 @@ class Deployment:
         fresh = self.fleet is not None and version.version > 0 and not self.fleet.holds(version)
         if fresh and directory is None and self._weights is not None and self.publisher is not None:
             assert self._root is not None
+            await self._sweep()
             directory = self._root / self.publisher.name(version)
             if not directory.exists():
                 self._weights.save(version, directory)
@@ -225,13 +234,21 @@ class Deployment:
         elif self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
 
+    async def _sweep(self) -> None:
+        """Once, before the first adapter is put into the root: take down what a process that was killed left there."""
+        if self._leftovers is not None and not self._swept:
+            self._swept = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WITHDRAW_S):
+                    await self._leftovers()
+
     async def _withdraw(self) -> bool:
         """Whether files are left that some server may read."""
-        if self.publisher is None:
+        if self.publisher is None or self._leftovers is None:
             return False
         try:
             async with asyncio.timeout(WITHDRAW_S):
-                return bool(await self.publisher.withdraw())
+                return bool(await self.publisher.withdraw() or await self._leftovers())
         except TimeoutError:
             return True
 
