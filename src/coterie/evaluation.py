@@ -89,9 +89,10 @@ class Evaluation:
         warned = f"SIMULATED RESPONSES ({self.simulated:.0%} of turns), of no model: " if self.simulated else ""
         failed = max(m.failed for m in self.measured.values())
         what, which = ("Held-out accuracy", "no training step saw") if self.novel else ("Accuracy", "training has too")
+        count = "1 task" if self.tasks == 1 else f"{self.tasks} tasks"
         left_out = f" (up to {failed} failed and are left out)" if failed else ""
         return ResultTable(
-            f"{warned}{what} on {self.tasks} tasks {which}{left_out}",
+            f"{warned}{what} on {count} {which}{left_out}",
             ("task type", "model", *players, "gain"),
             tuple(rows),
         )

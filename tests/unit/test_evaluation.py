@@ -230,6 +230,7 @@ def test_as_dict_is_plain_json() -> None:
 
 def test_tasks_that_training_has_too_are_not_called_held_out() -> None:
     assert measured(Quiz()).table().title == "Held-out accuracy on 8 tasks no training step saw"
+    assert measured(Quiz(), count=1).table().title == "Held-out accuracy on 1 task no training step saw"
     scenario = Quiz()
     scenario.single_task = True
     assert measured(scenario).table().title == "Accuracy on 8 tasks training has too"

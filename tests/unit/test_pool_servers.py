@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from coterie.errors import ConfigError, EngineError
-from coterie.inference.pool import NoServers
+from coterie.inference.pool import NoServers, ServerPool
+from coterie.inference.roll import QUIET_S
 from coterie.inference.wire import FaultKind, ServerFault, ServerSpec
-from tests.support.virtual import SimServer, now, run
+from tests.support.virtual import SimFleet, SimServer, now, run
 from tests.unit.test_pool import Faults, calling, fleet_of, pool_of, state
 
 # -- servers that die and come back --------------------------------------------------------------------------------
@@ -33,6 +34,71 @@ def test_a_dead_server_loses_no_call_and_is_used_again_when_it_is_back() -> None
         assert sorted(answered, key=int) == [str(i) for i in range(100)]
         assert len(dying.answered) > before
         assert state(pool, "a").breaker == "closed"
+        await pool.close()
+
+    run(main())
+
+
+async def _busy(pool: ServerPool, fleet: SimFleet, until: float) -> None:
+    while now() < until:
+        await pool.run(calling(fleet, seconds=0.5))
+
+
+def test_who_goes_away_and_who_comes_back_is_told_once() -> None:
+    async def main() -> None:
+        fleet = fleet_of("a", "b", "c")
+        told: list[str] = []
+        pool = pool_of(fleet, on_change=told.append)
+        await pool.start()
+        await _busy(pool, fleet, 20.0)
+        assert told == []
+        fleet.servers["a:80"].kill()
+        await _busy(pool, fleet, 100.0)
+        assert told == ["server a:80 is away (connection: connection refused); answering: 2 of 3"]
+        fleet.servers["a:80"].revive()
+        await _busy(pool, fleet, 200.0)
+        assert told[1:] == ["server a:80 is back; answering: 3 of 3"]
+        fleet.servers["b:80"].kill()
+        pool.remove("c:80")
+        await _busy(pool, fleet, 300.0)
+        assert told[2:] == ["server b:80 is away (connection: connection refused); answering: 1 of 2"]
+        await pool.close()
+
+    run(main())
+
+
+def test_a_server_that_comes_and_goes_does_not_fill_the_screen() -> None:
+    async def main() -> None:
+        fleet = fleet_of("a", "b")
+        told: list[str] = []
+        pool = pool_of(fleet, on_change=told.append)
+        await pool.start()
+        flapping = fleet.servers["a:80"]
+        while now() < 600.0:
+            flapping.kill()
+            await _busy(pool, fleet, now() + 8.0)
+            flapping.revive()
+            await _busy(pool, fleet, now() + 8.0)
+        assert 2 <= len(told) <= 600 / QUIET_S + 1
+        flapping.revive()
+        await _busy(pool, fleet, now() + 100.0)
+        assert told[-1] == "server a:80 is back; answering: 2 of 2", "what is so in the end is always told"
+        await pool.close()
+
+    run(main())
+
+
+def test_a_server_that_refuses_the_key_is_told_of_with_what_to_do() -> None:
+    async def main() -> None:
+        fleet = fleet_of("a", "b")
+        told: list[str] = []
+        pool = pool_of(fleet, on_change=told.append)
+        await pool.start()
+        fleet.servers["a:80"].faults.append(fleet.servers["a:80"].fault(FaultKind.UNAUTHORIZED))
+        await _busy(pool, fleet, 30.0)
+        (line,) = told
+        assert line.startswith("server a:80 is away (a:80: unauthorized")
+        assert line.endswith("answering: 1 of 2")
         await pool.close()
 
     run(main())

@@ -102,7 +102,7 @@ class Deployment:
             root: where adapters are put for the servers to read; None: a temporary directory.
             seed: of routing.
             base: the base's name in records of calls.
-            on_change: is told, in a sentence, when another tier answers.
+            on_change: is told, in a sentence, when another tier answers, and when a server goes away or comes back.
 
         Raises:
             ConfigError: a server's settings, the camel tier without its extra where it was asked for by name, or no
@@ -126,7 +126,7 @@ class Deployment:
             if tier in (Tier.CAMEL, Tier.HTTP):
                 transport = _transport(tier) if specs else None
                 if transport is not None:
-                    fleet = self._servers(specs, config, seed, root)
+                    fleet = self._servers(specs, config, seed, root, on_change)
                     engines.append(
                         RemoteEngine(transport, fleet, timeout_s=config.timeout_s, calls=calls, decode=decode)
                     )
@@ -144,7 +144,14 @@ class Deployment:
         # an error to be seen, not a reason to make answers up
         self._engine: Engine = TieredEngine(engines, on_change=on_change) if self.remote else engines[0]
 
-    def _servers(self, specs: Sequence[ServerSpec], config: InferenceConfig, seed: int, root: Path | None) -> Fleet:
+    def _servers(
+        self,
+        specs: Sequence[ServerSpec],
+        config: InferenceConfig,
+        seed: int,
+        root: Path | None,
+        on_change: Callable[[str], None] | None,
+    ) -> Fleet:
         """The servers, as the camel and the http tier share them."""
         if self.fleet is not None:
             return self.fleet
@@ -156,6 +163,7 @@ class Deployment:
             max_in_flight=config.max_in_flight,
             poll_every_s=config.poll_every_s,
             seed=seed,
+            on_change=on_change,
         )
         self.publisher = Publisher(
             pool,
@@ -230,7 +238,11 @@ class Deployment:
         left = await self._withdraw()
         await self._engine.close()
         if left:
-            logger.warning("%s is not deleted: a server that does not answer may still read adapters in it", self._root)
+            logger.warning(
+                "%s is not deleted: a server that does not answer may still read adapters in it; "
+                "the next command on this run tries again",
+                self._root,
+            )
         elif self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
 

@@ -31,6 +31,7 @@ from coterie.inference.limit import Limit
 from coterie.inference.line import Ticket
 from coterie.inference.places import NoServers, Places
 from coterie.inference.residency import Loader, Residency
+from coterie.inference.roll import RollCall
 from coterie.inference.routing import POLICIES, Member, Router, ServerState
 from coterie.inference.watch import Watch
 from coterie.inference.wire import FaultKind, ServerControl, ServerFault, ServerSpec
@@ -56,6 +57,7 @@ class ServerPool:
         seed: of the policy's draws and of jitter.
         clock: seconds, never going back.
         loader: loads an adapter by name on a server; called once at a time per (server, adapter).
+        on_change: told in a line of text when a server goes away or comes back.
 
     Raises:
         ConfigError: no such policy, two servers of one name, or an impossible number.
@@ -72,6 +74,7 @@ class ServerPool:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
+        on_change: Callable[[str], None] | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"unknown policy {policy!r}{nearest(policy, POLICIES)}")
@@ -86,7 +89,8 @@ class ServerPool:
         self._members: dict[str, Member] = {}
         self._residency = Residency(self._members, control, clock, loader)
         self._places = Places(self._members, self._residency, Router(policy, self._rng), clock)
-        self._watch = Watch(self._members, control, self._residency, clock, self._rng, self._places.changed)
+        self._roll = RollCall(self._members, clock, on_change) if on_change is not None else None
+        self._watch = Watch(self._members, control, self._residency, clock, self._rng, self._changed)
         self._lessons = Lessons(self._places, self._residency, self._watch, clock)
         self._tickets = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -363,6 +367,11 @@ class ServerPool:
         self._residency.close()
         await self._watch.close()
         self._places.close()
+
+    def _changed(self) -> None:
+        self._places.changed()
+        if self._roll is not None:
+            self._roll.look()
 
     def _enter(self) -> None:
         """Be at home in the running event loop; what went on in an earlier one ended with it."""

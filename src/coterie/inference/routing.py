@@ -99,6 +99,8 @@ class Member:
     pause_s: float = 0.0
     """Length of the last pause, for the next one."""
     retired: str | None = None
+    why: str = ""
+    """Latest fault that spoke against it."""
     draining: bool = False
     last_answer: float = -math.inf
     busy_since: float = 0.0

@@ -68,7 +68,8 @@ class Watch:
     async def _probe(self, member: Member) -> None:
         try:
             await self._control.health(member.spec)
-        except ServerFault:
+        except ServerFault as fault:
+            member.why = f"{fault.kind}: {fault.message}"
             if member.breaker.state is not BreakerState.OPEN:
                 member.breaker.trip(self._clock())
                 self._opened(member)
@@ -133,6 +134,7 @@ class Watch:
             member.retired = str(fault)
             self._changed()
             return
+        member.why = f"{fault.kind}: {fault.message}"
         if member.breaker.state is BreakerState.OPEN:
             return
         first, now = member.unwell_since, self._clock()
