@@ -204,7 +204,7 @@ class RunFolderConfig(Section):
     folder: Path | None = None
     """None: runs/<name>-<time>."""
     checkpoint_every: int = Field(default=10, ge=1)
-    """Updates between checkpoints; one is always written at the end and on Ctrl-C."""
+    """Updates between checkpoints; one is always written at the end, on Ctrl-C, and when the terminal is closed."""
     episodes_kept: int = Field(default=64, ge=0)
     """Episodes of each update written to the database, at most; 0: none. Metrics always cover all."""
 

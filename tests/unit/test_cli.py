@@ -269,7 +269,7 @@ def train(run: RunDirectory, step: Callable[[Trainer], None] = lambda _: None) -
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Fails a test that leaves a signal handler behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     after = {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
@@ -291,7 +291,7 @@ def test_a_finished_training_shows_the_table_and_what_to_do_next(
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_one_signal_finishes_the_step_and_saves(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
@@ -306,6 +306,20 @@ def test_one_signal_finishes_the_step_and_saves(
     assert "stopping after this step" in out
     assert f"stopped after update 2 of 4; saved up to update 2 in {run.path}" in out
     assert f"go on: coterie train --resume '{run.path}'" in out
+
+
+@pytest.mark.usefixtures("handlers")
+def test_where_a_closed_terminal_is_to_be_ignored_the_run_goes_on(run: RunDirectory) -> None:
+    def second_step(trainer: Trainer) -> None:
+        if trainer.update == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert train(run, second_step) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.updates_done() == 4
 
 
 @pytest.mark.usefixtures("handlers")

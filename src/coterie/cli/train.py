@@ -1,7 +1,8 @@
 """`coterie train`: a config file, or a run to go on with -> a trained run.
 
 Everything that can be wrong with the config or the folder is found before torch is imported. The first Ctrl-C (or
-SIGTERM) lets the current step finish and saves; the second ends at once, leaving the last checkpoint.
+SIGTERM, or a terminal that is closed) lets the current step finish and saves; the second ends at once, leaving the
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def drive(run: RunDirectory, build: Build, observer: Observer) -> None:
     """Build, train, and say what there is now and how to go on. An error of the training says so in a note of its own.
 
     Raises:
-        typer.Exit: 130 after Ctrl-C, 143 after SIGTERM, 1 when the training stopped by itself before its end.
+        typer.Exit: 128 and the number of the signal that stopped the training (130 after Ctrl-C), 1 when it stopped by
+            itself before its end.
     """
     import asyncio
 
@@ -199,7 +201,8 @@ def _say_end(run: RunDirectory, summary: Summary | None) -> None:
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM asks the training to stop after its step, the second interrupts it.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP asks the training to stop after its step, the second
+    interrupts it. Where SIGHUP is to be ignored (nohup), it is.
 
     Before `request_stop` is set there is nothing to save, and the first one interrupts.
     """
@@ -212,7 +215,10 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(

@@ -2,7 +2,8 @@
 
     the loop -> Observer -> a live table on a terminal | plain lines in a file or pipe | nothing in a library
 
-The loop tells an observer what happens and never asks whether anyone looks. Names and texts may come from models or
+The loop tells an observer what happens and never asks whether anyone looks: a reader or a terminal that goes away does
+not end the run (`lasting`). Names and texts may come from models or
 configs: they are shown as text, never as markup, and never with control characters.
 """
 
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 from textwrap import wrap
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coterie.models import ModelPerformance
+from coterie.monitor.lasting import LastingStream
 from coterie.monitor.metrics import UpdateRecord
 from coterie.monitor.tables import EMPTY, ResultTable, clean, show
 from coterie.types import ModelId
@@ -91,19 +93,17 @@ class Silent:
 class PlainConsole:
     """One plain line at a time, no control characters; for files, pipes and dumb terminals.
 
-    Updates and progress are told at most every `interval` seconds; the first and the last update always are. When the
-    reader of the stream goes away the console falls silent and the run goes on.
+    Updates and progress are told at most every `interval` seconds; the first and the last update always are.
     """
 
     def __init__(self, stream: TextIO, interval: float = 3.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
+        self._stream = LastingStream(stream)
         self._interval = interval
         self._clock = clock
         self._started = clock()
         self._told: float | None = None
         self._untold: UpdateRecord | None = None
         self._seconds: deque[float] = deque(maxlen=HISTORY)
-        self._gone = False
 
     def stage(self, text: str) -> None:
         self._catch_up()
@@ -158,14 +158,9 @@ class PlainConsole:
         self._catch_up()
 
     def _line(self, text: str) -> None:
-        if self._gone:
-            return
         encoding = self._stream.encoding or "utf-8"
-        try:
-            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-            self._stream.flush()
-        except BrokenPipeError:
-            self._gone = True
+        self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        self._stream.flush()
 
 
 class LiveConsole:
@@ -275,7 +270,7 @@ class LiveConsole:
 def observer_for(stream: TextIO) -> Observer:
     """A live table when `stream` is a terminal that can redraw, plain lines when it is not."""
     if stream.isatty():
-        console = Console(file=stream)
+        console = Console(file=cast("TextIO", LastingStream(stream)))
         if not console.is_dumb_terminal:
             return LiveConsole(console)
     return PlainConsole(stream)
