@@ -19,6 +19,7 @@ from coterie.lm.forest import pack
 from coterie.lm.tiny import tiny_random
 from coterie.types import AdapterVersion
 from tests.conftest import MakeBase
+from tests.support.disk import no_file_above
 
 VERSION = AdapterVersion("solver", 3)
 
@@ -87,6 +88,14 @@ def test_versions_are_never_overwritten(tiny_base: BaseModel, tmp_path: Path) ->
     save_adapter(adapter, tmp_path / "v3", tiny_base, VERSION)
     with pytest.raises(AdapterError, match="exists already"):
         save_adapter(adapter, tmp_path / "v3", tiny_base, VERSION)
+
+
+def test_what_a_full_disk_refuses_leaves_nothing_behind(tiny_base: BaseModel, tmp_path: Path) -> None:
+    adapter = _trained(tiny_base)
+    with no_file_above(1000), pytest.raises(AdapterError, match=r"cannot write adapter .*v3: .*; make room"):
+        save_adapter(adapter, tmp_path / "v3", tiny_base, VERSION)
+    assert list(tmp_path.iterdir()) == []
+    save_adapter(adapter, tmp_path / "v3", tiny_base, VERSION)
 
 
 def test_an_adapter_of_another_base_is_refused(make_base: MakeBase, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
-from coterie.errors import AdapterError, ConfigError, ScenarioError
+from coterie.errors import AdapterError, ConfigError, RunFolderError, ScenarioError
 from coterie.models import (
     LoRAModel,
     ModelConfig,
@@ -37,6 +38,7 @@ from coterie.types import (
     TrainingMode,
     TrainingTask,
 )
+from tests.support.disk import no_file_above
 
 MakeEnvironment = Callable[..., MultiModelEnvironment]
 
@@ -631,6 +633,32 @@ def test_what_may_change_between_two_processes_does_not_hinder_resume(
     env = MultiModelEnvironment.resume(RunDirectory.open(tmp_path / "run"))
     assert asyncio.run(env.train()).update == 2
     asyncio.run(env.aclose())
+
+
+def test_a_run_whose_disk_is_full_says_so_and_goes_on_from_what_was_saved(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = settings(models=[A, B], updates=3, evaluation={"tasks": 0}, run={"checkpoint_every": 1})
+    path = tmp_path / "run"
+
+    class Full(Silent):
+        def update(self, record: UpdateRecord) -> None:
+            if record.update == 2:
+                # checkpoints are the largest files, adapters the next
+                largest = max(file.stat().st_size for file in path.rglob("*.safetensors"))
+                limit.enter_context(no_file_above(largest - 1))
+
+    env = MultiModelEnvironment.from_config(config, run_dir=RunDirectory.create(path, config), observer=Full())
+    with ExitStack() as limit, pytest.raises(RunFolderError, match=r"cannot write checkpoint .*000002: .*; make room"):
+        asyncio.run(env.train())
+    env.close()
+    run = RunDirectory.open(path)
+    assert run.checkpoints() == [1]
+    assert not run.checkpoint_dir(2).exists()
+    again = MultiModelEnvironment.resume(run)
+    assert asyncio.run(again.train()).update == 3
+    again.close()
+    assert run.checkpoints() == [1, 2, 3]
 
 
 def test_a_closed_environment_lets_go_of_its_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:

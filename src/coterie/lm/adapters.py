@@ -27,10 +27,17 @@ def save_adapter(adapter: Adapter, directory: Path, base: BaseModel, version: Ad
     """Write one adapter version as a PEFT directory; written aside and renamed, so it is whole or absent.
 
     Raises:
-        AdapterError: the directory exists; versions are immutable.
+        AdapterError: the directory exists (versions are immutable), or the disk refuses.
     """
     if directory.exists():
         raise AdapterError(f"adapter directory {directory} exists already; versions are never overwritten")
+    try:
+        _write_adapter(adapter, directory, base, version)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot write adapter {directory}: {error}; make room or choose another folder") from error
+
+
+def _write_adapter(adapter: Adapter, directory: Path, base: BaseModel, version: AdapterVersion) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory.parent))
     try:

@@ -52,14 +52,23 @@ class RunSaver:
 
 
 def save_checkpoint(run: RunDirectory, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint; it counts once its last file is there. Writing the same update again replaces it."""
+    """Write a checkpoint; it counts once its last file is there. Writing the same update again replaces it.
+
+    Raises:
+        RunFolderError: the disk refuses; there is then no checkpoint of this update.
+    """
     folder = run.checkpoint_dir(checkpoint.update)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, folder / "learner.safetensors"
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "learner.safetensors")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunFolderError(
+            f"cannot write checkpoint {folder}: {error}; make room or choose another folder"
+        ) from error
     write_atomically(folder / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}))
     return run.complete_checkpoint(checkpoint.update)
 
