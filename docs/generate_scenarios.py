@@ -135,7 +135,7 @@ def table(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> st
     for name in names:
         cells = [_cell([_value(run["conditions"][key], name, config_path) for run in runs]) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _how(runs)])
+    return "\n".join([*lines, "", _how(runs) + _longer(config_path, runs, columns)])
 
 
 def variants(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> str:
@@ -217,6 +217,17 @@ def _how(runs: Sequence[Run]) -> str:
         f"Mean over {'seeds' if ',' in seeds else 'seed'} {seeds} (lowest to highest), on {runs[0]['tasks']} "
         f"held-out {'task' if runs[0]['tasks'] == 1 else 'tasks'}; {_span(updates, '.0f')} updates together took "
         f"{_span(seconds, '.0f')} s of training. {machine}"
+    )
+
+
+def _longer(config_path: str, runs: Sequence[Run], columns: Sequence[str]) -> str:
+    """Where runs ended at a target: that those beside them may not have."""
+    planned = load_config(ROOT / config_path).updates
+    if not {"frozen", "apart"} & set(columns) or all(run["updates"] >= planned for run in runs):
+        return ""
+    return (
+        f" Training together ends once `evaluation.until` is reached; what was trained alone may never reach it, and "
+        f"then does all {planned} updates."
     )
 
 

@@ -103,6 +103,13 @@ def test_an_example_stops_after_the_turns_that_were_asked_for() -> None:
     assert "leader says" in generate.example(config, seats=["seat_2"])
 
 
+def test_a_table_says_where_what_was_trained_alone_may_have_trained_longer(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    assert "may never reach it" not in generate.table(SIGNALING, tmp_path)
+    write_results(tmp_path, conditions=("bare base", "calibrated base", "together", "frozen"))
+    assert "never reach it, and then does all 120 updates." in generate.table(SIGNALING, tmp_path)
+
+
 def test_a_table_has_means_and_ranges(tmp_path: Path) -> None:
     write_results(tmp_path)
     lines = generate.table(SIGNALING, tmp_path).splitlines()
