@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from coterie.config import RunConfig, check_models, parse_config, with_server
 from coterie.credit.base import build_credit
-from coterie.errors import BaseModelError, ConfigError, RunFolderError, ScenarioError
+from coterie.errors import BaseModelError, ConfigError, RunFolderError
 from coterie.inference.deployment import server_specs
 from coterie.lm.needed import need_packages
 from coterie.models import LoRAModel, ModelConfig
@@ -33,7 +32,7 @@ from coterie.rollout.table import Ask
 from coterie.runs.directory import RunDirectory
 from coterie.runs.sinks import MetricsFile
 from coterie.runs.state import Parts, check_fits
-from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario, draw_tasks
+from coterie.scenarios.base import ChecksTasks, ExactlyMeasured, build_scenario, first_tasks, heldout_task
 from coterie.types import Episode, ModelId, SeatId, Split, TrainingMode, TrainingTask
 
 if TYPE_CHECKING:
@@ -288,7 +287,7 @@ class MultiModelEnvironment:
     async def play(self, seat: SeatId | None, ask: Ask, task_index: int) -> Episode:
         """Play held-out task `task_index` with a person in `seat` (None: the last seat); `ask` gets the answers."""
         loop = self._ready()
-        task = self._task(task_index)
+        task = heldout_task(self.scenario, self.config.seed, task_index)
         await loop.announce()
         holders = loop.runner.seating(task, list(self.models.values()), 0, rotate=False)
         holders = with_person(holders, seat if seat is not None else list(holders)[-1])
@@ -375,14 +374,9 @@ class MultiModelEnvironment:
             check_models([m.config for m in self.models.values()], self.config.max_models, self.config.mode)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        check_seats(self.scenario, self._own_tasks or self._first_tasks(), list(self.models.values()))
-
-    def _first_tasks(self) -> list[TrainingTask]:
-        """The first thousand tasks of each side. Raises `ScenarioError` when there is nothing to train on."""
-        train, heldout = (list(islice(draw_tasks(self.scenario, split, self.config.seed), 1000)) for split in Split)
-        if not train:
-            raise ScenarioError(f"scenario {self.config.scenario.id!r} gives no training task")
-        return [*train, *heldout]
+        check_seats(
+            self.scenario, self._own_tasks or first_tasks(self.scenario, self.config.seed), list(self.models.values())
+        )
 
     async def _training(self) -> TrainingLoop:
         """The loop, ready for an update."""
@@ -406,9 +400,3 @@ class MultiModelEnvironment:
         loop = self._ready()
         self.observer.stage("evaluating")
         return await loop.evaluator.all(count, split, self.observer.progress)
-
-    def _task(self, index: int) -> TrainingTask:
-        tasks = list(islice(draw_tasks(self.scenario, Split.HELDOUT, self.config.seed), index, index + 1))
-        if not tasks:
-            raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")
-        return tasks[0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -181,6 +182,21 @@ def draw_tasks(scenario: Scenario, split: Split, seed: int) -> Iterator[Training
         raise
     except Exception as error:
         raise ScenarioError(f"tasks({split}) raised {cause(error)}") from error
+
+
+def first_tasks(scenario: Scenario, seed: int, count: int = 1000) -> list[TrainingTask]:
+    """The first `count` tasks of each side. Raises `ScenarioError` when there is nothing to train on."""
+    train, heldout = (list(islice(draw_tasks(scenario, split, seed), count)) for split in Split)
+    if not train:
+        raise ScenarioError("the scenario gives no training task")
+    return [*train, *heldout]
+
+
+def heldout_task(scenario: Scenario, seed: int, index: int) -> TrainingTask:
+    """Held-out task number `index`. Raises `ConfigError` when there are not as many."""
+    for task in islice(draw_tasks(scenario, Split.HELDOUT, seed), index, index + 1):
+        return task
+    raise ConfigError(f"there is no held-out task number {index}; they start at 0 and end before it")
 
 
 def build_scenario(name: str, options: Mapping[str, object]) -> Scenario:
