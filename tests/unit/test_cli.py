@@ -268,12 +268,14 @@ def train(run: RunDirectory, step: Callable[[Trainer], None] = lambda _: None) -
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Fails a test that leaves a signal handler behind."""
+    """Fails a test that leaves a signal handler behind. A hang-up is not ignored, as it is under nohup."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     after = {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, ignored)
     assert after == before
 
 
