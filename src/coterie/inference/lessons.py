@@ -42,7 +42,7 @@ class Lessons:
 
     def failed(self, member: Member, ticket: Ticket, fault: ServerFault, sent: float) -> bool:
         """Learn from `fault` of a call that left at `sent`; whether it may be tried again."""
-        member.why = f"{fault.kind}: {fault.message}"
+        member.why = fault.reason
         match fault.kind:
             case FaultKind.REJECTED:
                 self.answered(member)

@@ -69,7 +69,7 @@ class Watch:
         try:
             await self._control.health(member.spec)
         except ServerFault as fault:
-            member.why = f"{fault.kind}: {fault.message}"
+            member.why = fault.reason
             if member.breaker.state is not BreakerState.OPEN:
                 member.breaker.trip(self._clock())
                 self._opened(member)
@@ -134,7 +134,7 @@ class Watch:
             member.retired = str(fault)
             self._changed()
             return
-        member.why = f"{fault.kind}: {fault.message}"
+        member.why = fault.reason
         if member.breaker.state is BreakerState.OPEN:
             return
         first, now = member.unwell_since, self._clock()

@@ -52,6 +52,11 @@ class ServerFault(EngineError):  # noqa: N818 - a fault is what the table above 
         self.status = status
         self.retry_after_s = retry_after_s
 
+    @property
+    def reason(self) -> str:
+        """Kind and message, where the server is named anyhow."""
+        return f"{self.kind}: {self.message}"
+
 
 class RejectedRequest(ServerFault, RequestError):  # noqa: N818 - a fault like the others
     """A REJECTED fault as an engine reports it: the request is at fault, so its episode fails and the run goes on."""
