@@ -7,8 +7,6 @@ import io
 import os
 import pty
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -66,19 +64,21 @@ def test_only_failures_of_the_outside_are_forgiven() -> None:
         LastingStream(Wrong()).write("协")
 
 
-def _pipe(tmp_path: Path) -> tuple[int, Callable[[], None]]:
+def _pipe() -> tuple[int, Callable[[], None]]:
     reading, writing = os.pipe()
     return writing, lambda: os.close(reading)
 
 
-def _terminal(tmp_path: Path) -> tuple[int, Callable[[], None]]:
+def _terminal() -> tuple[int, Callable[[], None]]:
     ours, theirs = pty.openpty()
     return theirs, lambda: os.close(ours)
 
 
 @pytest.mark.parametrize("made", [_pipe, _terminal])
-def test_once_the_reader_is_gone_nobody_elses_write_fails_either(tmp_path: Path, made: Any) -> None:
-    descriptor, leave = made(tmp_path)
+def test_once_the_reader_is_gone_nobody_elses_write_fails_either(
+    made: Callable[[], tuple[int, Callable[[], None]]],
+) -> None:
+    descriptor, leave = made()
     with open(descriptor, "w") as stream:
         lasting = LastingStream(stream)
         lasting.write("one\n")

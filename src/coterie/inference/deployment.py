@@ -114,7 +114,7 @@ class Deployment:
         self.publisher: Publisher | None = None
         self._root: Path | None = None
         self._swept = False
-        """Whether what an earlier process left in the root was looked for."""
+        """Whether the root was looked through for what an earlier process left there."""
         self._leftovers: Callable[[], Awaitable[tuple[str, ...]]] | None = None
         """Takes down whatever stands in the root; see `leftovers.take_down`."""
         self._versions: dict[ModelId, int] = {}
