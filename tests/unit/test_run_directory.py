@@ -12,14 +12,17 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.config import RunConfig, load_config, parse_config
 from coterie.errors import ConfigError, RunFolderError
+from coterie.runs.checkpoint import Checkpoint, save_checkpoint
 from coterie.runs.directory import FORMAT, RunDirectory, command, default_folder, resume_command, toml_text
 from coterie.runs.sinks import MetricsFile, json_text, write_atomically
 from coterie.types import AdapterVersion
+from tests.support.disk import no_file_above
 
 
 @dataclass(frozen=True)
@@ -353,6 +356,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_disk_that_fills_at_a_checkpoints_last_files_leaves_no_part_of_it(run: RunDirectory) -> None:
+    save_checkpoint(run, Checkpoint(1, {"weights": torch.ones(2)}, {}))
+    state = {"words": "a" * 2000}
+    with no_file_above(1000), pytest.raises(RunFolderError, match=r"cannot write .*state\.json: .*; make room"):
+        save_checkpoint(run, Checkpoint(2, {"weights": torch.ones(2)}, state))
+    assert run.checkpoints() == [1]
+    assert not run.checkpoint_dir(2).exists()
+    save_checkpoint(run, Checkpoint(2, {"weights": torch.ones(2)}, state))
+    assert run.checkpoints() == [1, 2]
 
 
 def test_json_text_has_no_words_json_lacks() -> None:

@@ -64,13 +64,15 @@ def save_checkpoint(run: RunDirectory, checkpoint: Checkpoint) -> Path:
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         save_file(tensors, folder / "learner.safetensors")
-    except (OSError, SafetensorError) as error:
+        write_atomically(folder / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}))
+        return run.complete_checkpoint(checkpoint.update)
+    except (OSError, SafetensorError, RunFolderError) as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, RunFolderError):  # names the file
+            raise
         raise RunFolderError(
             f"cannot write checkpoint {folder}: {error}; make room or choose another folder"
         ) from error
-    write_atomically(folder / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}))
-    return run.complete_checkpoint(checkpoint.update)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
