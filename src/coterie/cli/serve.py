@@ -121,11 +121,13 @@ def serve(
 
 
 def _say_now(text: str) -> None:
-    """A line that is seen at once, also by whoever reads a pipe."""
+    """A line that is seen at once, also by whoever reads a pipe; a server outlives the terminal it was started from."""
     import sys
 
-    say(text)
-    sys.stdout.flush()
+    from coterie.monitor.lasting import LastingStream
+    from coterie.monitor.tables import clean
+
+    print(clean(text), file=LastingStream(sys.stdout), flush=True)
 
 
 def _adapters(given: list[str]) -> dict[str, Path]:
