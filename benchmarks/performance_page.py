@@ -41,7 +41,8 @@ METHOD = """## How it was measured
 - `transformers.generate`, PEFT's mixed adapters (`adapter_names=`) and vLLM give no log-probabilities here; Coterie's
   include them, and the entropy. vLLM runs as a library, without HTTP, and no repetition repeats a prompt.
 - Overhead per turn is an update without the model: an engine answers all episodes that wait at once, and its own time
-  is taken off.
+  is taken off. Its limit, measured after each update in the same process, is what Python's event loop takes for as many
+  coroutines that wait as often, for as many answers at once, and do nothing else.
 - Where time goes is from torch's profiler over one more repetition; Python is what passes outside torch's operations
   and compiled kernels.
 """
@@ -276,13 +277,19 @@ class Page:
             "`matrix` is a dilemma of four rounds, whose prompts repeat; `tasks` is the default job, whose prompts "
             "differ and have to be tokenised."
         )
+        shown = {
+            "seconds": "µs a turn", "loop_seconds": "the event loop alone", "rollout_seconds": "playing",
+            "learn_seconds": "credit, batch and learner",
+        }  # fmt: skip
+        if not any(micros(entry, "loop_seconds") for entry in suite.entries):  # measured before it was asked for
+            del shown["loop_seconds"]
         rows, verdicts = [], []
         for entry in suite.entries:
             turns = entry.series(lambda r: r["turns"]).median
             local = entry.data["engine"] == "local"
             rows.append(
                 [entry.data["scenario"] + (", with the model" if local else ""), str(entry.data["episodes"]),
-                 f"{turns:.0f}", *(micros(entry, key) for key in ("seconds", "rollout_seconds", "learn_seconds")),
+                 f"{turns:.0f}", *(micros(entry, key) for key in shown),
                  f"{entry.series(lambda r: r['grown'] / 2**20).median:.0f}"]
             )  # fmt: skip
         for scenario in dict.fromkeys(entry.data["scenario"] for entry in suite.entries):
@@ -290,8 +297,11 @@ class Page:
             value = most.series(lambda r: 1e6 * r["seconds"] / r["turns"]).median
             what = f"{scenario}, {most.data['episodes']} episodes at once, overhead a turn"
             bound = f"time goes to {parts(most.profile('update'))}"
+            alone = micros(most, "loop_seconds")
+            if alone:
+                bound = f"Python's event loop alone takes {alone} µs of it; {bound}"
             verdicts.append(Verdict(what, value, 100, False, unit=" µs", bound=bound))
-        heads = ["", "episodes", "turns", "µs a turn", "playing", "credit, batch and learner", "memory grown, MB"]
+        heads = ["", "episodes", "turns", *shown.values(), "memory grown, MB"]
         return section(title, suite, intro, table(heads, rows), "", verdicts)
 
 
@@ -309,7 +319,9 @@ def share(entry: Measured, name: str) -> str:
 
 
 def micros(entry: Measured, key: str) -> str:
-    """Microseconds a turn."""
+    """Microseconds a turn; empty where it was not measured."""
+    if not all(key in run for run in entry.runs):
+        return ""
     return entry.series(lambda run: 1e6 * run[key] / run["turns"]).text(0)
 
 

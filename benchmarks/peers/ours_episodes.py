@@ -6,7 +6,8 @@ one, for comparison). go: {}, or {"profile": true} for where the time of one mor
 
 What is timed is an update without the model: tasks, tables, seats, prompts, the event loop, scores, rewards, credit,
 the learner's batch, metrics. The instant engine lets every episode of the update wait before it answers any, and what
-it spends itself is taken off.
+it spends itself is taken off. After each update its limit is measured: what Python's event loop takes for as many
+coroutines that wait as often and do nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 from protocol import Facts, Repetition, serve, versions
 
+from coterie.collector import rare_collections
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
 from coterie.rollout.runner import with_services
@@ -53,9 +55,8 @@ class InstantEngine:
     def __init__(self) -> None:
         self.seconds = 0.0
         """Spent in here."""
-        self.turns = 0
-        self.most = 0
-        """Most requests that waited at once."""
+        self.waves: list[int] = []
+        """How many requests waited at once, each time."""
         self._waiting: list[tuple[GenerateRequest, asyncio.Future[Generation]]] = []
         self._paths: dict[tuple[tuple[int, ...], ...], list[Route]] = {}
 
@@ -70,8 +71,7 @@ class InstantEngine:
     def _answer(self) -> None:
         started = time.perf_counter()
         waiting, self._waiting = self._waiting, []
-        self.most = max(self.most, len(waiting))
-        self.turns += len(waiting)
+        self.waves.append(len(waiting))
         for request, future in waiting:
             future.set_result(self._made(request))
         self.seconds += time.perf_counter() - started
@@ -103,6 +103,43 @@ class InstantEngine:
     async def publish(self, version: AdapterVersion, adapter_dir: Path | None) -> None: ...
 
     async def close(self) -> None: ...
+
+
+class Bell:
+    """Lets all who wait go on at once."""
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._ring)
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    def _ring(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            future.set_result(None)
+
+
+async def only_waiting(count: int, waves: Sequence[int]) -> float:
+    """Seconds that `count` coroutines take to wait as those of an update did: in each wave all of them together for as
+    many answers as came then."""
+    bell = Bell()
+
+    async def play(number: int) -> None:
+        for asked in waves:
+            # the first asked % count of them wait for one more
+            width = asked // count + (number < asked % count)
+            await asyncio.gather(*(bell.wait() for _ in range(width)))
+
+    with rare_collections():
+        started = time.perf_counter()
+        await asyncio.gather(*(play(number) for number in range(count)))
+        return time.perf_counter() - started
 
 
 class NoLearner:
@@ -180,15 +217,20 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
             recorded.runcall(loop.run_until_complete, environment.train_cycles(1))
             return {"profile": {"update": by_area(recorded)}}
         engine.seconds = 0.0
+        engine.waves.clear()
         (record,) = loop.run_until_complete(environment.train_cycles(1))
         total = record.seconds["total"]
+        alone = {}
+        if engine.waves:
+            alone["loop_seconds"] = loop.run_until_complete(only_waiting(counted["episodes"], engine.waves))
         return {
             "seconds": total - engine.seconds,
             "engine_seconds": engine.seconds,
             "rollout_seconds": record.seconds["rollout"] - engine.seconds,
             "learn_seconds": record.seconds["learn"],
             **counted,
-            "concurrent": engine.most,
+            **alone,
+            "concurrent": max(engine.waves, default=0),
             "grown": int(psutil.Process().memory_info().rss) - before,
         }
 

@@ -425,7 +425,7 @@ def test_the_instant_engine_answers_all_who_wait_at_once() -> None:
         return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
 
     made = asyncio.run(ask())
-    assert engine.most == engine.turns == 8
+    assert engine.waves == [8]
     for one, request in zip(made, requests, strict=True):
         if request.choices is None:
             assert one.finish_reason == "stop"
@@ -436,6 +436,19 @@ def test_the_instant_engine_answers_all_who_wait_at_once() -> None:
             assert one.token_ids == choices[one.choice]
             assert all(token in among for token, among in zip(one.token_ids, one.allowed, strict=True))
     assert made[1].allowed == ((5, 8), (6, 7))
+
+
+def test_the_event_loop_alone_waits_as_often_as_an_update_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    rung: list[int] = []
+    ring = ours_episodes.Bell._ring
+
+    def counted(bell: Any) -> None:
+        rung.append(len(bell._waiting))
+        ring(bell)
+
+    monkeypatch.setattr(ours_episodes.Bell, "_ring", counted)
+    assert asyncio.run(ours_episodes.only_waiting(3, [6, 3, 4])) > 0
+    assert rung == [6, 3, 4]
 
 
 @pytest.fixture
@@ -479,6 +492,7 @@ def test_the_loop_without_the_model_plays_every_episode(tiny_path: Path) -> None
     found = repeat({})
     assert (found["episodes"], found["turns"], found["concurrent"]) == (20, 20 * 8, 20 * 2)
     assert found["seconds"] >= found["rollout_seconds"] + found["learn_seconds"] > 0
+    assert found["loop_seconds"] > 0
     areas = repeat({"profile": True})["profile"]["update"]
     assert areas["coterie.rollout"] > 0
     assert areas["coterie.scenarios"] > 0
