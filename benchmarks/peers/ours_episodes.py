@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from protocol import Facts, Repetition, serve, versions
 
-from coterie.collector import rare_collections
+from coterie.collector import RareCollections
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
 from coterie.rollout.runner import with_services
@@ -125,7 +125,7 @@ class Bell:
             future.set_result(None)
 
 
-async def only_waiting(count: int, waves: Sequence[int]) -> float:
+async def only_waiting(count: int, waves: Sequence[int], collector: RareCollections) -> float:
     """Seconds that `count` coroutines take to wait as those of an update did: in each wave all of them together for as
     many answers as came then."""
     bell = Bell()
@@ -136,7 +136,7 @@ async def only_waiting(count: int, waves: Sequence[int]) -> float:
             width = asked // count + (number < asked % count)
             await asyncio.gather(*(bell.wait() for _ in range(width)))
 
-    with rare_collections():
+    with collector:
         started = time.perf_counter()
         await asyncio.gather(*(play(number) for number in range(count)))
         return time.perf_counter() - started
@@ -209,6 +209,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
 
     parts.keep = keep
     loop = asyncio.new_event_loop()
+    collector = RareCollections()
     before = int(psutil.Process().memory_info().rss)
 
     def repeat(asked: Facts) -> Facts:
@@ -222,7 +223,7 @@ def prepare(spec: Facts) -> tuple[Facts, Repetition]:
         total = record.seconds["total"]
         alone = {}
         if engine.waves:
-            alone["loop_seconds"] = loop.run_until_complete(only_waiting(counted["episodes"], engine.waves))
+            alone["loop_seconds"] = loop.run_until_complete(only_waiting(counted["episodes"], engine.waves, collector))
         return {
             "seconds": total - engine.seconds,
             "engine_seconds": engine.seconds,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
-from coterie.collector import rare_collections
+from coterie.collector import RareCollections
 from coterie.config import RunConfig
 from coterie.credit.base import Credit
 from coterie.errors import ConfigError, CoterieError, ScenarioError, nearest
@@ -99,6 +99,7 @@ class TrainingLoop:
     """Episodes of later updates that are being played, by update; at most `inference.staleness` of them."""
     _untrained: dict[int, list[TrainingTask]] = field(init=False, default_factory=dict)
     """Tasks taken for updates whose episodes were given up."""
+    _collector: RareCollections = field(init=False, default_factory=RareCollections)
 
     def __post_init__(self) -> None:
         self._saved = self.update
@@ -109,7 +110,7 @@ class TrainingLoop:
         Raises what playing raises, after saving the updates done so far.
         """
         self._until = until
-        with rare_collections():
+        with self._collector:
             try:
                 return await self._run(until)
             finally:

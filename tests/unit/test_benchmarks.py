@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from coterie.collector import RareCollections
 from coterie.config import parse_config
 from coterie.environment import MultiModelEnvironment
 from coterie.lm.base import BaseModel
@@ -447,7 +448,7 @@ def test_the_event_loop_alone_waits_as_often_as_an_update_did(monkeypatch: pytes
         ring(bell)
 
     monkeypatch.setattr(ours_episodes.Bell, "_ring", counted)
-    assert asyncio.run(ours_episodes.only_waiting(3, [6, 3, 4])) > 0
+    assert asyncio.run(ours_episodes.only_waiting(3, [6, 3, 4], RareCollections())) > 0
     assert rung == [6, 3, 4]
 
 
