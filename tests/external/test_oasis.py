@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import random
 import subprocess
 import sys
@@ -243,14 +244,12 @@ def test_what_an_agents_model_raises_ends_the_episode(monkeypatch: pytest.Monkey
         played({**SMALL, "acting": "told"}, broken)
 
 
-def test_nothing_is_left_behind(elsewhere: Path, tmp_path: Path) -> None:
+def played_elsewhere(elsewhere: Path, tmp_path: Path, play: str) -> subprocess.CompletedProcess[str]:
+    """A process that plays, with a folder of its own for temporary files; nothing of ours is left in either place."""
     code = (
-        "import asyncio\nfrom coterie.scenarios.base import build_scenario\n"
+        "import asyncio, os\nfrom coterie.scenarios.base import build_scenario\n"
         "from coterie.scenarios.practice import PracticeTable\nfrom coterie.types import Split\n"
-        f"s = build_scenario('oasis', {SMALL!r})\nt = next(s.tasks(Split.TRAIN, 0))\n"
-        "asyncio.run(s.play(t, PracticeTable(t, s.seats(t))))\n"
-        "try:\n    asyncio.run(s.play(t, PracticeTable(t, s.seats(t), answer=lambda *a: 'dance')))\n"
-        "except Exception as error:\n    print(type(error).__name__)\n"
+        f"s = build_scenario('oasis', {SMALL!r})\nt = next(s.tasks(Split.TRAIN, 0))\n{play}"
     )
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -258,10 +257,28 @@ def test_nothing_is_left_behind(elsewhere: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=elsewhere, env={**os.environ, "TMPDIR": str(folder)},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ScenarioError\n"  # and not what OASIS prints
     assert list(elsewhere.iterdir()) == []
     assert [path.name for path in folder.iterdir() if "coterie" in path.name] == []
+    return done
+
+
+def test_nothing_is_left_behind(elsewhere: Path, tmp_path: Path) -> None:
+    play = (
+        "asyncio.run(s.play(t, PracticeTable(t, s.seats(t))))\n"
+        "try:\n    asyncio.run(s.play(t, PracticeTable(t, s.seats(t), answer=lambda *a: 'dance')))\n"
+        "except Exception as error:\n    print(type(error).__name__)\n"
+    )
+    done = played_elsewhere(elsewhere, tmp_path, play)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ScenarioError\n"  # and not what OASIS prints
+
+
+def test_a_process_that_is_killed_leaves_no_database(elsewhere: Path, tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").glob("coterie*"))
+    play = "asyncio.run(s.play(t, PracticeTable(t, s.seats(t), answer=lambda *a: os.kill(os.getpid(), 9))))\n"
+    done = played_elsewhere(elsewhere, tmp_path, play)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert set(Path("/dev/shm").glob("coterie*")) == before
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Differences from plain OASIS, all by subclassing:
 - time is the round's number, and what the recommender draws depends on the seed, the round and the user, so that the
   same seed gives the same simulation (OASIS uses the clock and the global generator);
 - a platform that fails ends the simulation with the cause; OASIS would wait for its answer for ever;
-- the database is in a temporary directory, which is gone afterwards.
+- the database is a temporary one of SQLite's own, which is gone afterwards, even where the process is killed.
 
 Importing this module imports OASIS: use `coterie.scenarios.oasis.loading.load`.
 """
@@ -20,15 +20,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import os
 import random
 import sqlite3
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Final, Literal, Protocol, Self
 
 from oasis import ActionType, AgentGraph, LLMAction, ManualAction, Platform, UserInfo, make
@@ -42,6 +39,10 @@ from coterie.errors import ScenarioError
 from coterie.scenarios.oasis.actions import Act, Call, Post, check_result
 
 _EPOCH: Final = datetime(2025, 1, 1)
+
+_TEMPORARY: Final = ""
+"""As a path, to SQLite: a database of this connection's own, in memory, and in a nameless file where it grows large.
+(OASIS writes one called ":memory:" out when it ends.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +123,17 @@ class Simulation:
         self.users = list(users)
         self.settings = settings
         self._seed = seed
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._env: Any = None
         self._texts: dict[int, str] = {}
 
     async def __aenter__(self) -> Self:
         """Start the platform and sign the users up. Raises `ScenarioError` when it does not take them."""
-        self._folder = tempfile.TemporaryDirectory(prefix="coterie-oasis-", dir=_folder())
         channel = _Channel()
-        path = str(Path(self._folder.name) / "platform.db")
         settings = self.settings
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the path
             self._clock = _Clock(settings.minutes)
             self._platform = _Platform(
-                self._seed, path, channel=channel, sandbox_clock=self._clock, start_time=_EPOCH,
+                self._seed, _TEMPORARY, channel=channel, sandbox_clock=self._clock, start_time=_EPOCH,
                 allow_self_rating=False, recsys_type=settings.recommender, refresh_rec_post_count=settings.shown,
                 max_rec_post_len=settings.recommended, following_post_count=settings.following,
             )  # fmt: skip
@@ -144,7 +142,7 @@ class Simulation:
         for user in self.users:
             user.look = self.look
             graph.add_agent(user)
-        self._env = make(agent_graph=graph, platform=self._platform, database_path=path)
+        self._env = make(agent_graph=graph, platform=self._platform, database_path=_TEMPORARY)
         try:
             await self._env.reset()
             (found,) = self.db.execute("SELECT count(*) FROM user").fetchone()
@@ -226,22 +224,12 @@ class Simulation:
     async def _stop(self) -> None:
         """Stop the platform, close its database, delete it."""
         task = self._env.platform_task if self._env is not None and "platform_task" in vars(self._env) else None
-        try:
-            if task is not None and not task.done():
-                await self._env.close()
-            else:
-                self._platform.db.close()
-                if task is not None and not task.cancelled():
-                    task.exception()  # raised where it was waited for; asked for, so that asyncio does not complain
-        finally:
-            if self._folder is not None:
-                self._folder.cleanup()
-
-
-def _folder() -> str | None:
-    """Where databases go: in memory where there is such a place, because OASIS writes every command out."""
-    memory = Path("/dev/shm")
-    return str(memory) if "TMPDIR" not in os.environ and os.access(memory, os.W_OK) else None
+        if task is not None and not task.done():
+            await self._env.close()
+            return
+        self._platform.db.close()
+        if task is not None and not task.cancelled():
+            task.exception()  # raised where it was waited for; asked for, so that asyncio does not complain
 
 
 class _Channel(Channel):  # type: ignore[misc]  # camel-oasis is an extra, so unknown to the type checker
