@@ -222,7 +222,7 @@ class Simulation:
         return found
 
     async def _stop(self) -> None:
-        """Stop the platform, close its database, delete it."""
+        """Stop the platform and close its database, which deletes it."""
         task = self._env.platform_task if self._env is not None and "platform_task" in vars(self._env) else None
         if task is not None and not task.done():
             await self._env.close()
