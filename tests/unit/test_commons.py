@@ -86,7 +86,42 @@ def test_the_most_there_is_to_take() -> None:
     assert lean.best_total == 4, "nothing grows"
 
 
-@pytest.mark.parametrize("options", [{"rounds": 2}, {"players": 2, "rounds": 3, "capacity": 5, "growth": 1.5}])
+def test_in_a_queue_who_comes_first_gets_all_it_asked_for() -> None:
+    scenario = commons(scarcity="queue", demands=[0, 1, 2, 3])
+    assert scenario.served(6, (2, 2, 1), (2, 1, 0)) == (2, 2, 1), "there is enough for all"
+    assert scenario.served(6, (3, 3, 3), (2, 0, 1)) == (3, 0, 3)
+    assert scenario.served(4, (3, 1, 2), (1, 0, 2)) == (3, 1, 0)
+    assert scenario.outcomes(4, (3, 0, 2)) == [((3, 0, 1), 0.5), ((2, 0, 2), 0.5)]
+    for seed in range(20):
+        outcome, _ = play(scenario, seed=seed, answer=demands([3, 3, 3]))
+        assert sorted(outcome.scores.values()) == pytest.approx([0, 3 / 18, 3 / 18])
+        assert outcome.metrics["equality"] == pytest.approx(2 / 3)
+        assert outcome.metrics["sustainability"] == pytest.approx(2 / 3 / 6), "who got nothing took nothing"
+    figures = exact(scenario, probabilities=pure(dict.fromkeys(scenario.players, "3")))
+    assert (figures["efficiency"], figures["equality"]) == pytest.approx((6 / 21, 2 / 3))
+    assert [figures[f"{seat}_taken"] for seat in scenario.players] == pytest.approx([2, 2, 2])
+    assert figures["nash_conv"] == pytest.approx(0), "asking for less only makes the others' luck"
+    assert scenario.question(0, 6, "en").shown.system == (
+        "Take 0, 1, 2, 3 from the stock. What is left grows. First come, first served."
+    )
+
+
+def test_the_most_one_player_can_take_in_a_queue() -> None:
+    scarce = {"players": 2, "capacity": 3, "demands": [1, 3], "growth": 1, "rounds": 2}
+    assert commons(**scarce).best_single == 3 * 3 / 4, "all at once, and the other gets its part of it"
+    assert commons(**scarce, scarcity="queue").best_single == 3
+    assert commons(**scarce, scarcity="queue").best_total == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounds": 2},
+        {"players": 2, "rounds": 3, "capacity": 5, "growth": 1.5},
+        {"players": 2, "rounds": 3, "capacity": 5, "growth": 1.5, "demands": [0, 2, 3], "scarcity": "queue"},
+        {"players": 3, "rounds": 2, "capacity": 4, "demands": [1, 3], "scarcity": "queue"},
+    ],
+)
 def test_exact_is_the_sum_over_all_plays(options: dict[str, Any]) -> None:
     scenario, policy = commons(**options), drawn_policy(2)
     expected = over_all_plays(scenario, policy)

@@ -13,7 +13,7 @@ from coterie.modes.cooperative import shares as together
 from coterie.scenarios.base import build_scenario
 from coterie.scenarios.public_goods import PublicGoods, PublicGoodsOptions
 from tests.support.plays import drawn_policy, over_all_plays, pure
-from tests.support.tables import exact, play
+from tests.support.tables import exact, first_task, play
 
 
 def goods(**options: Any) -> PublicGoods:
@@ -47,6 +47,33 @@ def test_nobody_gives_and_everybody_gives() -> None:
     assert everything.metrics["efficiency"] == everything.metrics["contribution"] == 1
     assert nothing.metrics["equality"] == everything.metrics["equality"] == 1
     assert sum(everything.scores.values()) > sum(nothing.scores.values())
+
+
+def test_giving_all_makes_the_unequal_equal() -> None:
+    scenario = goods(endowment=[2, 3, 4])
+    nothing, table = play(scenario, answer=gifts([0, 0, 0]))
+    everything, _ = play(scenario, answer=gifts([2, 3, 4]))
+    assert [table[seat].shown[0].system[:8] for seat in table.seats] == ["You have"] * 3
+    assert [scenario.question(i, (), "en").choices[-1] for i in range(3)] == ["2", "3", "4"]
+    # payoffs 2, 3, 4 and 6, 6, 6; least: 2 given alone, 2 * 2 / 3; greatest: 4 kept and the others' 5 doubled
+    low, high = 4 / 3, 4 + 10 / 3
+    assert list(nothing.scores.values()) == pytest.approx([(p - low) / (high - low) for p in (2, 3, 4)])
+    assert nothing.metrics["equality"] == pytest.approx(1 - 4 / 27)
+    assert everything.metrics["equality"] == pytest.approx(1)
+    assert (nothing.metrics["efficiency"], everything.metrics["efficiency"]) == pytest.approx((0.5, 1))
+    rich, _ = play(scenario, answer=gifts([0, 0, 4]))
+    assert rich.metrics["contribution"] == pytest.approx(4 / 9), "of all points there are"
+    assert rich.metrics["player_3_contribution"] == 1
+    given = exact(scenario, probabilities=pure(dict(zip(scenario.players, "234", strict=True))))
+    assert given["nash_conv"] == pytest.approx(9 * (1 - 2 / 3)), "each keeps a third of a point it does not give"
+
+
+def test_only_players_with_equal_points_are_alike() -> None:
+    def claimed(scenario: PublicGoods) -> set[str | None]:
+        return {seat.symmetric_with for seat in scenario.seats(first_task(scenario))}
+
+    assert claimed(goods(endowment=[3, 3, 3])) == claimed(goods()) == {None, "player_1"}
+    assert claimed(goods(endowment=[3, 3, 2])) == {None}
 
 
 def test_scores_reach_both_ends() -> None:
@@ -112,6 +139,8 @@ def test_nash_conv_of_one_round_is_what_giving_costs() -> None:
         {"players": 2, "endowment": 1, "rounds": 3, "memory": 1},
         {"players": 2, "endowment": 1, "rounds": 3, "memory": 2},
         {"players": 3, "endowment": 1, "rounds": 2, "memory": 0},
+        {"endowment": [2, 1, 3]},
+        {"players": 2, "endowment": [1, 2], "rounds": 2},
     ],
 )
 def test_exact_is_the_sum_over_all_plays(options: dict[str, Any]) -> None:
@@ -158,5 +187,9 @@ def test_too_much_to_compute_is_said() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="players"):
         build_scenario("public_goods", {"players": 1})
+    with pytest.raises(ConfigError, match="2 numbers for 3 players"):
+        build_scenario("public_goods", {"endowment": [2, 3]})
+    with pytest.raises(ConfigError, match="endowment"):
+        build_scenario("public_goods", {"endowment": [2, 3, 0]})
     with pytest.raises(ConfigError, match="multiplier"):
         build_scenario("public_goods", {"multiplier": 0})

@@ -2,14 +2,16 @@
 
     stock = capacity; each round, while there is stock:
         every player demands h_i, all at the same time
-        if the demands sum to more than the stock, each gets the same fraction of its demand
+        if the demands sum to more than the stock, each gets the same fraction of its demand, or, where `scarcity`
+        is "queue", players are served in random order, each all that it asked for while there is any
         stock <- min(capacity, floor(growth * (stock - taken)))
     score = what a player took, by the most one player could take if the others took as little as they can
 
 With the default settings (three players, capacity 6, demands of 0 to 2, doubling) one each keeps the stock for ever
 and two each empty it at once: the tragedy of the commons (Hardin, 1968; Ostrom, 1990). Which of the two comes about
-is the mode's business. Figures are those of Perolat et al., "A multi-agent reinforcement learning model of
-common-pool resource appropriation" (2017, arXiv 1707.06600): efficiency, equality, sustainability.
+is the mode's business. In a queue greed also makes unequal: who comes last finds nothing. Figures are those of Perolat
+et al., "A multi-agent reinforcement learning model of common-pool resource appropriation" (2017, arXiv 1707.06600):
+efficiency, equality, sustainability.
 
 The pool is one task without further content (`single_task`). Players see the stock alone, not the number of the round,
 so there are as few prompts as levels of the stock, and play is a Markov chain over them that `exact` follows without
@@ -19,10 +21,11 @@ sampling.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import product
-from typing import Final
+from itertools import permutations, product
+from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,7 +38,7 @@ from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingT
 Policy = Mapping[int, Sequence[float]]
 """Probabilities of each demand at every level of the stock."""
 Takes = tuple[float, ...]
-"""What each player has taken so far."""
+"""What each player has taken."""
 
 MAX_STATES: Final = 400_000
 """Most (stock, taken so far) an exact computation follows in one round."""
@@ -44,9 +47,15 @@ _PROMPTS: Final = {
     "en": {
         "system": "Take {demands} from the stock. What is left grows.",
         "stock": "Stock: {stock}",
+        "queue": " First come, first served.",
         "prefix": "Take:",
     },
-    "zh": {"system": "从存量中拿{demands}。剩下的会增长。", "stock": "存量：{stock}", "prefix": "拿："},
+    "zh": {
+        "system": "从存量中拿{demands}。剩下的会增长。",
+        "stock": "存量：{stock}",
+        "queue": "先到先得。",
+        "prefix": "拿：",
+    },
 }
 
 
@@ -61,6 +70,9 @@ class CommonsOptions(ScenarioOptions):
     """Units a player may ask for in a round, in rising order."""
     growth: float = Field(default=2.0, ge=1, le=10)
     """What is left is multiplied by this, rounded down, up to the capacity."""
+    scarcity: Literal["share", "queue"] = "share"
+    """Who gets what when more is asked for than there is: each the same fraction, or who comes first, in an order drawn
+    anew each time, all it asked for while there is any."""
     rounds: int = Field(default=6, ge=2, le=20)
     """In an episode; it ends earlier when nothing is left."""
     reward_pool: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -112,6 +124,7 @@ class Commons:
             "random": at_random,
             "share": lambda seen, choices, rng: self._fair(seen),
         }
+        self._outcomes: dict[tuple[int, tuple[int, ...]], list[tuple[Takes, float]]] = {}
         self.best_total = self._most(options.players)
         """The most all players together can take in an episode."""
         self.best_single = self._most(1)
@@ -119,17 +132,37 @@ class Commons:
 
     # -- the rules ------------------------------------------------------------------------------------------------
 
-    def shares(self, stock: int, demands: Sequence[int]) -> list[float]:
-        """What each player gets of its demand."""
+    def served(self, stock: int, demands: Sequence[int], order: Sequence[int]) -> Takes:
+        """What each player gets of its demand. `order`: who is served before whom, where that matters."""
         total = sum(demands)
-        return [float(d) for d in demands] if total <= stock else [stock * d / total for d in demands]
+        if total <= stock:
+            return tuple(float(demand) for demand in demands)
+        if self.options.scarcity == "share":
+            return tuple(stock * demand / total for demand in demands)
+        takes = [0.0] * len(demands)
+        for player in order:
+            takes[player] = float(min(demands[player], stock))
+            stock -= min(demands[player], stock)
+        return tuple(takes)
+
+    def outcomes(self, stock: int, demands: tuple[int, ...]) -> list[tuple[Takes, float]]:
+        """Everything the players may get, and how likely that is."""
+        known = self._outcomes.get((stock, demands))
+        if known is None:
+            everybody = range(len(demands))
+            drawn = self.options.scarcity == "queue" and sum(demands) > stock
+            found = Counter(self.served(stock, demands, o) for o in (permutations(everybody) if drawn else [everybody]))
+            known = [(takes, count / found.total()) for takes, count in found.items()]
+            self._outcomes[stock, demands] = known
+        return known
 
     def grown(self, stock: int, demanded: int) -> int:
         """The stock of the next round."""
         return min(self.options.capacity, math.floor(self.options.growth * max(0, stock - demanded) + 1e-9))
 
     def _most(self, players: int) -> float:
-        """The most this many players take together while the others demand the least, by backward induction."""
+        """The most this many players take together while the others demand the least, by backward induction; who comes
+        first, where there is a queue."""
         o = self.options
         others = o.demands[0] * (o.players - players)
         sums = sorted({sum(demands) for demands in product(o.demands, repeat=players)})
@@ -141,7 +174,8 @@ class Commons:
             found = 0.0
             for demand in sums:
                 total = demand + others
-                taken = demand * min(1.0, stock / total) if total else 0.0
+                fraction = min(1.0, stock / total) if total else 0.0
+                taken = demand * fraction if o.scarcity == "share" else min(demand, stock)
                 found = max(found, taken + best(left - 1, self.grown(stock, total)))
             return found
 
@@ -170,14 +204,15 @@ class Commons:
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
         o = self.options
         stock, levels = o.capacity, [0.0] * o.rounds
-        taken: list[list[float]] = []
+        taken: list[Takes] = []
         for number in range(o.rounds):
             if not stock:
                 break
             levels[number] = stock / o.capacity
             asked = [self.question(i, stock, table.language) for i in range(o.players)]
             demands = [o.demands[choice] for choice in await choose(table, asked, "move")]
-            taken.append(self.shares(stock, demands))
+            order = table.rng.sample(range(o.players), o.players) if o.scarcity == "queue" else range(o.players)
+            taken.append(self.served(stock, demands, order))
             stock = self.grown(stock, sum(demands))
         totals = [math.fsum(takes) for takes in zip(*taken, strict=True)]
         times = [_mean_time([n for n, takes in enumerate(taken, start=1) if takes[i]]) for i in range(o.players)]
@@ -198,7 +233,7 @@ class Commons:
         words = tuple(str(demand) for demand in self.options.demands)
         listed = (", " if language == "en" else "、").join(words)
         shown = Observation(
-            system=text["system"].format(demands=listed),
+            system=text["system"].format(demands=listed) + (text["queue"] if self.options.scarcity == "queue" else ""),
             user=text["stock"].format(stock=stock),
             prefix=text["prefix"],
         )
@@ -270,9 +305,10 @@ class Commons:
             for (stock, takes), probability in reached.items():
                 levels += probability * stock / (o.capacity * o.rounds)
                 for demands, chance in moves[stock]:
-                    got = tuple(a + b for a, b in zip(takes, self.shares(stock, demands), strict=True))
-                    then = (self.grown(stock, sum(demands)), got)
-                    following[then] = following.get(then, 0.0) + probability * chance
+                    for new, share in self.outcomes(stock, demands):
+                        got = tuple(a + b for a, b in zip(takes, new, strict=True))
+                        then = (self.grown(stock, sum(demands)), got)
+                        following[then] = following.get(then, 0.0) + probability * chance * share
             if len(following) > MAX_STATES:
                 raise ScenarioError(
                     f"commons: {o.players} players and {o.rounds} rounds give too many outcomes to compute exactly; "
@@ -298,13 +334,16 @@ class Commons:
                 alone[player] = {stock: [float(k == own) for k in range(len(o.demands))]}
                 found.append(
                     math.fsum(
-                        chance * (self.shares(stock, d)[player] + best_from(played + 1, self.grown(stock, sum(d))))
+                        chance * (self._expected(player, stock, d) + best_from(played + 1, self.grown(stock, sum(d))))
                         for d, chance in self._moves(stock, alone)
                     )
                 )
             return max(found)
 
         return best_from(0, o.capacity)
+
+    def _expected(self, player: int, stock: int, demands: tuple[int, ...]) -> float:
+        return math.fsum(chance * takes[player] for takes, chance in self.outcomes(stock, demands))
 
     def _moves(self, stock: int, policies: Sequence[Policy]) -> list[tuple[tuple[int, ...], float]]:
         """What the players may demand at this stock, and how likely that is; impossible ones left out."""
@@ -329,9 +368,10 @@ class Commons:
             following: dict[tuple[int, int, int], float] = {}
             for (stock, total, count), probability in reached.items():
                 for demands, chance in moves[stock]:
-                    takes = int(demands[player] > 0)
-                    then = (self.grown(stock, sum(demands)), total + takes * number, count + takes)
-                    following[then] = following.get(then, 0.0) + probability * chance
+                    for got, share in self.outcomes(stock, demands):
+                        takes = int(got[player] > 0)
+                        then = (self.grown(stock, sum(demands)), total + takes * number, count + takes)
+                        following[then] = following.get(then, 0.0) + probability * chance * share
             reached = following
         return math.fsum(p * total / count for (_, total, count), p in reached.items() if count)
 
