@@ -35,9 +35,12 @@ PIP_EXTERNAL = $(@D)/bin/python -m pip install $(PIP_FLAGS) --no-compile
 PYTHON_EXTERNAL ?= python3.12 python3.11
 EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
 
-.PHONY: help train test test-games test-external oasis lint format model setup clean
+.PHONY: help train test test-games test-external external-camel external-others oasis lint format model setup clean
 .DEFAULT_GOAL := help
+# One thing after the other, whatever -j says, but for the two halves of the external tests.
+ifndef HALVES
 .NOTPARALLEL:
+endif
 
 help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
@@ -63,9 +66,15 @@ test: setup
 test-games: $(GAMES_VENV)/.ready
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(GAMES_VENV)/bin/python -m pytest tests/games $(ARGS)
 
-# Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it.
+# Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it. Much of it waits for servers to
+# start, so one half runs beside the other; each half's output comes when it is done.
 test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready $(OASIS_VENV)/.ready
+	@$(MAKE) --no-print-directory -j2 --output-sync=target HALVES=2 external-camel external-others
+
+external-camel:
 	$(EXTERNAL) $(CAMEL_VENV)/bin/python -m pytest tests/external -m "not oasis" $(ARGS)
+
+external-others:
 	$(EXTERNAL) $(OASIS_VENV)/bin/python -m pytest tests/external tests/unit/test_configs.py -m oasis $(ARGS)
 	$(EXTERNAL) $(CAMEL_NEWEST_VENV)/bin/python -m pytest tests/external -m "camel or openai" $(ARGS)
 

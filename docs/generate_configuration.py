@@ -17,7 +17,7 @@ import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -59,17 +59,22 @@ def meanings(model: type) -> dict[str, str]:
 
 def shape(annotation: Any, field: FieldInfo | None = None) -> str:
     """A type in words, with its bounds."""
-    bounds = [
+    return ", ".join([_type(annotation), *(_bounds(field) if field else ())])
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    return [
         f"{sign} {shown(getattr(limit, name))}" + (" long" if "length" in name else "")
-        for limit in (field.metadata if field else ())
+        for limit in field.metadata
         for name, sign in _BOUNDS.items()
         if getattr(limit, name, None) is not None
     ]
-    return ", ".join([_type(annotation), *bounds])
 
 
 def _type(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{_type(inner[0])} ({', '.join(_bounds(inner[1]))})"
     if origin is Literal:
         return " or ".join(f'"{value}"' for value in inner)
     if origin in (Union, types.UnionType):
