@@ -2,8 +2,7 @@
 
     expected = over_all_plays(scenario, drawn_policy(3))        # metric -> its expectation
 
-A play is replayed with every sequence of choices in turn, each weighed by the probability of its choices. An order the
-scenario draws (`table.rng.sample`) is a choice too, all orders alike.
+A play is replayed with every sequence of choices in turn, each weighed by the probability of its choices.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from itertools import permutations
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coterie.scenarios.base import Scenario
@@ -42,24 +40,6 @@ def pure(texts: dict[SeatId, str]) -> Probabilities:
     return probabilities
 
 
-class _Orders(random.Random):
-    """Draws orders, and nothing else, by `take`: probabilities -> index."""
-
-    def __init__(self, take: Callable[[Sequence[float]], int]) -> None:
-        super().__init__()
-        self._take = take
-
-    def sample(self, population: Sequence[Any], k: int, *, counts: Any = None) -> list[Any]:
-        orders = list(permutations(population, k))
-        return list(orders[self._take([1 / len(orders)] * len(orders))])
-
-    def random(self) -> float:
-        raise AssertionError("only orders are gone through; add what this scenario draws")
-
-    def getrandbits(self, k: int, /) -> int:
-        raise AssertionError("only orders are gone through; add what this scenario draws")
-
-
 def plays(
     scenario: Scenario, task: TrainingTask, policy: Probabilities, **options: Any
 ) -> Iterator[tuple[float, Outcome]]:
@@ -69,29 +49,22 @@ def plays(
         widths: list[int] = []
         chances: list[float] = []
 
-        def take(
-            probabilities: Sequence[float],
-            path: list[int] = path,
-            widths: list[int] = widths,
-            chances: list[float] = chances,
-        ) -> int:
-            taken = path[len(widths)] if len(widths) < len(path) else 0
-            widths.append(len(probabilities))
-            chances.append(probabilities[taken])
-            return taken
-
         def answer(
             seat: SeatId,
             seen: Observation,
             choices: Sequence[str] | None,
             rng: random.Random,
-            take: Callable[[Sequence[float]], int] = take,
+            path: list[int] = path,
+            widths: list[int] = widths,
+            chances: list[float] = chances,
         ) -> str:
             assert choices is not None
-            return choices[take(policy(seat, seen, choices))]
+            taken = path[len(widths)] if len(widths) < len(path) else 0
+            widths.append(len(choices))
+            chances.append(policy(seat, seen, choices)[taken])
+            return choices[taken]
 
         table = PracticeTable(task, scenario.seats(task), answer=answer, **options)
-        table.rng = _Orders(take)
         outcome = asyncio.run(scenario.play(task, table))
         yield math.prod(chances), outcome
         path = [*path, *[0] * (len(widths) - len(path))][: len(widths)]

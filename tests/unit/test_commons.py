@@ -13,7 +13,7 @@ from coterie.modes.cooperative import shares as together
 from coterie.scenarios.base import build_scenario
 from coterie.scenarios.commons import Commons, CommonsOptions
 from tests.support.plays import drawn_policy, over_all_plays, pure
-from tests.support.tables import exact, play
+from tests.support.tables import exact, first_task, play
 
 
 def commons(**options: Any) -> Commons:
@@ -86,31 +86,20 @@ def test_the_most_there_is_to_take() -> None:
     assert lean.best_total == 4, "nothing grows"
 
 
-def test_in_a_queue_who_comes_first_gets_all_it_asked_for() -> None:
-    scenario = commons(scarcity="queue", demands=[0, 1, 2, 3])
-    assert scenario.served(6, (2, 2, 1), (2, 1, 0)) == (2, 2, 1), "there is enough for all"
-    assert scenario.served(6, (3, 3, 3), (2, 0, 1)) == (3, 0, 3)
-    assert scenario.served(4, (3, 1, 2), (1, 0, 2)) == (3, 1, 0)
-    assert scenario.outcomes(4, (3, 0, 2)) == [((3, 0, 1), 0.5), ((2, 0, 2), 0.5)]
-    for seed in range(20):
-        outcome, _ = play(scenario, seed=seed, answer=demands([3, 3, 3]))
-        assert sorted(outcome.scores.values()) == pytest.approx([0, 3 / 18, 3 / 18])
-        assert outcome.metrics["equality"] == pytest.approx(2 / 3)
-        assert outcome.metrics["sustainability"] == pytest.approx(2 / 3 / 6), "who got nothing took nothing"
-    figures = exact(scenario, probabilities=pure(dict.fromkeys(scenario.players, "3")))
-    assert (figures["efficiency"], figures["equality"]) == pytest.approx((6 / 21, 2 / 3))
-    assert [figures[f"{seat}_taken"] for seat in scenario.players] == pytest.approx([2, 2, 2])
-    assert figures["nash_conv"] == pytest.approx(0), "asking for less only makes the others' luck"
-    assert scenario.question(0, 6, "en").shown.system == (
-        "Take 0, 1, 2, 3 from the stock. What is left grows. First come, first served."
-    )
-
-
-def test_the_most_one_player_can_take_in_a_queue() -> None:
-    scarce = {"players": 2, "capacity": 3, "demands": [1, 3], "growth": 1, "rounds": 2}
-    assert commons(**scarce).best_single == 3 * 3 / 4, "all at once, and the other gets its part of it"
-    assert commons(**scarce, scarcity="queue").best_single == 3
-    assert commons(**scarce, scarcity="queue").best_total == 3
+def test_unequal_players_have_demands_of_their_own() -> None:
+    scenario = commons(demands=[[0, 1], [0, 1, 2], [0, 1, 2, 3]])
+    assert [scenario.question(i, 6, "en").choices[-1] for i in range(3)] == ["1", "2", "3"]
+    assert [seat.symmetric_with for seat in scenario.seats(first_task(scenario))] == [None] * 3
+    assert (scenario.best_total, scenario.best_single) == (21, 18), "the last alone could take three, six times"
+    greedy, _ = play(scenario, answer=demands([1, 2, 3]))
+    assert greedy.scores == pytest.approx({"player_1": 1 / 18, "player_2": 2 / 18, "player_3": 3 / 18})
+    assert greedy.metrics["equality"] == pytest.approx(1 - 8 / 36)
+    ranked, _ = play(scenario, answer=demands(*[[0, 1, 2]] * 6))
+    assert (ranked.metrics["efficiency"], ranked.metrics["survival"]) == pytest.approx((18 / 21, 1))
+    assert ranked.metrics["equality"] == pytest.approx(1 - 48 / 108)
+    shared, table = scripted(scenario, *["share"] * 3)
+    assert [turn.text for turn in table["player_3"].turns] == ["1"] * 6
+    assert shared.metrics["equality"] == 1
 
 
 @pytest.mark.parametrize(
@@ -118,8 +107,7 @@ def test_the_most_one_player_can_take_in_a_queue() -> None:
     [
         {"rounds": 2},
         {"players": 2, "rounds": 3, "capacity": 5, "growth": 1.5},
-        {"players": 2, "rounds": 3, "capacity": 5, "growth": 1.5, "demands": [0, 2, 3], "scarcity": "queue"},
-        {"players": 3, "rounds": 2, "capacity": 4, "demands": [1, 3], "scarcity": "queue"},
+        {"players": 2, "rounds": 3, "capacity": 5, "growth": 1.5, "demands": [[0, 3], [1, 2, 4]]},
     ],
 )
 def test_exact_is_the_sum_over_all_plays(options: dict[str, Any]) -> None:
@@ -179,6 +167,9 @@ def test_options_are_checked() -> None:
         ({"demands": [1]}, "rising"),
         ({"demands": [-1, 1]}, "rising"),
         ({"demands": [2, 3]}, "whatever they do"),
+        ({"demands": []}, "two different whole numbers"),
+        ({"demands": [[0, 1], [0, 1]]}, "2 lists for 3 players"),
+        ({"demands": [[0, 1], [0, 1], [1]]}, "rising"),
     ]:
         with pytest.raises(ConfigError, match=problem):
             build_scenario("commons", options)

@@ -69,11 +69,11 @@ def test_giving_all_makes_the_unequal_equal() -> None:
 
 
 def test_only_players_with_equal_points_are_alike() -> None:
-    def claimed(scenario: PublicGoods) -> set[str | None]:
-        return {seat.symmetric_with for seat in scenario.seats(first_task(scenario))}
+    def claimed(scenario: PublicGoods) -> list[str | None]:
+        return [seat.symmetric_with for seat in scenario.seats(first_task(scenario))]
 
-    assert claimed(goods(endowment=[3, 3, 3])) == claimed(goods()) == {None, "player_1"}
-    assert claimed(goods(endowment=[3, 3, 2])) == {None}
+    assert claimed(goods(endowment=[3, 3, 3])) == claimed(goods()) == [None, "player_1", "player_1"]
+    assert claimed(goods(endowment=[3, 2, 3])) == [None, None, "player_1"]
 
 
 def test_scores_reach_both_ends() -> None:

@@ -2,16 +2,15 @@
 
     stock = capacity; each round, while there is stock:
         every player demands h_i, all at the same time
-        if the demands sum to more than the stock, each gets the same fraction of its demand, or, where `scarcity`
-        is "queue", players are served in random order, each all that it asked for while there is any
+        if the demands sum to more than the stock, each gets the same fraction of its demand
         stock <- min(capacity, floor(growth * (stock - taken)))
     score = what a player took, by the most one player could take if the others took as little as they can
 
 With the default settings (three players, capacity 6, demands of 0 to 2, doubling) one each keeps the stock for ever
 and two each empty it at once: the tragedy of the commons (Hardin, 1968; Ostrom, 1990). Which of the two comes about
-is the mode's business. In a queue greed also makes unequal: who comes last finds nothing. Figures are those of Perolat
-et al., "A multi-agent reinforcement learning model of common-pool resource appropriation" (2017, arXiv 1707.06600):
-efficiency, equality, sustainability.
+is the mode's business. Players may be unequal, each with `demands` of its own; greed then makes unequal as well. Figures
+are those of Perolat et al., "A multi-agent reinforcement learning model of common-pool resource appropriation" (2017,
+arXiv 1707.06600): efficiency, equality, sustainability.
 
 The pool is one task without further content (`single_task`). Players see the stock alone, not the number of the round,
 so there are as few prompts as levels of the stock, and play is a Markov chain over them that `exact` follows without
@@ -21,13 +20,12 @@ sampling.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import permutations, product
-from typing import Final, Literal
+from itertools import product
+from typing import Final
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from coterie.errors import ScenarioError
 from coterie.scenarios.asking import Question, choose, distributions
@@ -38,7 +36,7 @@ from coterie.types import Observation, Outcome, Seat, Split, TaskType, TrainingT
 Policy = Mapping[int, Sequence[float]]
 """Probabilities of each demand at every level of the stock."""
 Takes = tuple[float, ...]
-"""What each player has taken."""
+"""What each player has taken so far."""
 
 MAX_STATES: Final = 400_000
 """Most (stock, taken so far) an exact computation follows in one round."""
@@ -47,15 +45,9 @@ _PROMPTS: Final = {
     "en": {
         "system": "Take {demands} from the stock. What is left grows.",
         "stock": "Stock: {stock}",
-        "queue": " First come, first served.",
         "prefix": "Take:",
     },
-    "zh": {
-        "system": "从存量中拿{demands}。剩下的会增长。",
-        "stock": "存量：{stock}",
-        "queue": "先到先得。",
-        "prefix": "拿：",
-    },
+    "zh": {"system": "从存量中拿{demands}。剩下的会增长。", "stock": "存量：{stock}", "prefix": "拿："},
 }
 
 
@@ -66,13 +58,10 @@ class CommonsOptions(ScenarioOptions):
     """Seats: "player_1", "player_2", …"""
     capacity: int = Field(default=6, ge=2, le=100)
     """Units of stock at the start, and the most there can be."""
-    demands: tuple[int, ...] = (0, 1, 2)
-    """Units a player may ask for in a round, in rising order."""
+    demands: tuple[int, ...] | tuple[tuple[int, ...], ...] = (0, 1, 2)
+    """Units a player may ask for in a round, in rising order, or a list with one such list for each player."""
     growth: float = Field(default=2.0, ge=1, le=10)
     """What is left is multiplied by this, rounded down, up to the capacity."""
-    scarcity: Literal["share", "queue"] = "share"
-    """Who gets what when more is asked for than there is: each the same fraction, or who comes first, in an order drawn
-    anew each time, all it asked for while there is any."""
     rounds: int = Field(default=6, ge=2, le=20)
     """In an episode; it ends earlier when nothing is left."""
     reward_pool: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -80,21 +69,28 @@ class CommonsOptions(ScenarioOptions):
     cooperation_level: float = Field(default=0.5, ge=0, le=1)
     """Of each task; matters in mode mixed."""
 
-    @field_validator("demands")
-    @classmethod
-    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(value) < 2 or list(value) != sorted(set(value)) or value[0] < 0:
-            raise ValueError("needs at least two different whole numbers of at least 0, in rising order")
-        return value
-
     @model_validator(mode="after")
     def _fits(self) -> CommonsOptions:
-        if self.demands[0] * self.players >= self.capacity:
+        own = self.of_each()
+        if len(own) != self.players:
             raise ValueError(
-                f"{self.players} players with demands of at least {self.demands[0]} empty a stock of {self.capacity} "
-                f"in one round whatever they do; raise capacity or allow a smaller demand"
+                f"demands has {len(own)} lists for {self.players} players; give one list for all or one for each"
+            )
+        if any(len(asked) < 2 or list(asked) != sorted(set(asked)) or asked[0] < 0 for asked in own):
+            raise ValueError("demands needs two different whole numbers of at least 0 or more, in rising order")
+        least = sum(demands[0] for demands in own)
+        if least >= self.capacity:
+            raise ValueError(
+                f"{self.players} players who ask for at least {least} together empty a stock of {self.capacity} in one "
+                f"round whatever they do; raise capacity or allow a smaller demand"
             )
         return self
+
+    def of_each(self) -> tuple[tuple[int, ...], ...]:
+        """What each player may ask for."""
+        lists = [asked for asked in self.demands if isinstance(asked, tuple)]
+        numbers = [asked for asked in self.demands if isinstance(asked, int)]
+        return tuple(lists) if lists else (tuple(numbers),) * self.players
 
 
 class Commons:
@@ -122,50 +118,32 @@ class Commons:
             "least": lambda seen, choices, rng: choices[0],
             "most": lambda seen, choices, rng: choices[-1],
             "random": at_random,
-            "share": lambda seen, choices, rng: self._fair(seen),
+            "share": lambda seen, choices, rng: self._fair(seen, choices),
         }
-        self._outcomes: dict[tuple[int, tuple[int, ...]], list[tuple[Takes, float]]] = {}
-        self.best_total = self._most(options.players)
+        self.demands = options.of_each()
+        """What each player may ask for."""
+        everybody = range(options.players)
+        self.best_total = self._most(everybody)
         """The most all players together can take in an episode."""
-        self.best_single = self._most(1)
+        self.best_single = max(self._most([player]) for player in everybody)
         """The most one player can take if the others demand as little as they can."""
 
     # -- the rules ------------------------------------------------------------------------------------------------
 
-    def served(self, stock: int, demands: Sequence[int], order: Sequence[int]) -> Takes:
-        """What each player gets of its demand. `order`: who is served before whom, where that matters."""
+    def shares(self, stock: int, demands: Sequence[int]) -> list[float]:
+        """What each player gets of its demand."""
         total = sum(demands)
-        if total <= stock:
-            return tuple(float(demand) for demand in demands)
-        if self.options.scarcity == "share":
-            return tuple(stock * demand / total for demand in demands)
-        takes = [0.0] * len(demands)
-        for player in order:
-            takes[player] = float(min(demands[player], stock))
-            stock -= min(demands[player], stock)
-        return tuple(takes)
-
-    def outcomes(self, stock: int, demands: tuple[int, ...]) -> list[tuple[Takes, float]]:
-        """Everything the players may get, and how likely that is."""
-        known = self._outcomes.get((stock, demands))
-        if known is None:
-            everybody = range(len(demands))
-            drawn = self.options.scarcity == "queue" and sum(demands) > stock
-            found = Counter(self.served(stock, demands, o) for o in (permutations(everybody) if drawn else [everybody]))
-            known = [(takes, count / found.total()) for takes, count in found.items()]
-            self._outcomes[stock, demands] = known
-        return known
+        return [float(d) for d in demands] if total <= stock else [stock * d / total for d in demands]
 
     def grown(self, stock: int, demanded: int) -> int:
         """The stock of the next round."""
         return min(self.options.capacity, math.floor(self.options.growth * max(0, stock - demanded) + 1e-9))
 
-    def _most(self, players: int) -> float:
-        """The most this many players take together while the others demand the least, by backward induction; who comes
-        first, where there is a queue."""
+    def _most(self, players: Collection[int]) -> float:
+        """The most these players take together while the others demand the least, by backward induction."""
         o = self.options
-        others = o.demands[0] * (o.players - players)
-        sums = sorted({sum(demands) for demands in product(o.demands, repeat=players)})
+        others = sum(demands[0] for player, demands in enumerate(self.demands) if player not in players)
+        sums = sorted({sum(asked) for asked in product(*(self.demands[player] for player in players))})
 
         @cache
         def best(left: int, stock: int) -> float:
@@ -174,8 +152,7 @@ class Commons:
             found = 0.0
             for demand in sums:
                 total = demand + others
-                fraction = min(1.0, stock / total) if total else 0.0
-                taken = demand * fraction if o.scarcity == "share" else min(demand, stock)
+                taken = demand * min(1.0, stock / total) if total else 0.0
                 found = max(found, taken + best(left - 1, self.grown(stock, total)))
             return found
 
@@ -199,20 +176,19 @@ class Commons:
         return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
-        return alike(self.players)
+        return alike(self.players, self.demands)
 
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
         o = self.options
         stock, levels = o.capacity, [0.0] * o.rounds
-        taken: list[Takes] = []
+        taken: list[list[float]] = []
         for number in range(o.rounds):
             if not stock:
                 break
             levels[number] = stock / o.capacity
             asked = [self.question(i, stock, table.language) for i in range(o.players)]
-            demands = [o.demands[choice] for choice in await choose(table, asked, "move")]
-            order = table.rng.sample(range(o.players), o.players) if o.scarcity == "queue" else range(o.players)
-            taken.append(self.served(stock, demands, order))
+            demands = [self.demands[i][choice] for i, choice in enumerate(await choose(table, asked, "move"))]
+            taken.append(self.shares(stock, demands))
             stock = self.grown(stock, sum(demands))
         totals = [math.fsum(takes) for takes in zip(*taken, strict=True)]
         times = [_mean_time([n for n, takes in enumerate(taken, start=1) if takes[i]]) for i in range(o.players)]
@@ -228,23 +204,22 @@ class Commons:
         )
 
     def question(self, player: int, stock: int, language: str) -> Question:
-        """What a player sees of a stock; the same for all players."""
+        """What a player sees of a stock; the same for all players with the same demands."""
         text = _PROMPTS[language]
-        words = tuple(str(demand) for demand in self.options.demands)
+        words = tuple(str(demand) for demand in self.demands[player])
         listed = (", " if language == "en" else "、").join(words)
         shown = Observation(
-            system=text["system"].format(demands=listed) + (text["queue"] if self.options.scarcity == "queue" else ""),
+            system=text["system"].format(demands=listed),
             user=text["stock"].format(stock=stock),
             prefix=text["prefix"],
         )
         return Question(self.players[player], shown, words)
 
-    def _fair(self, seen: Observation) -> str:
+    def _fair(self, seen: Observation, choices: Sequence[str]) -> str:
         """The greatest demand that, made by all, leaves enough to grow back to what there was; or else the least."""
         stock = int("".join(filter(str.isdigit, seen.user)))
-        o = self.options
-        kept = [d for d in o.demands if self.grown(stock, d * o.players) >= stock]
-        return str(kept[-1] if kept else o.demands[0])
+        kept = [d for d in map(int, choices) if self.grown(stock, d * self.options.players) >= stock]
+        return str(kept[-1]) if kept else choices[0]
 
     # -- exactly --------------------------------------------------------------------------------------------------
 
@@ -281,7 +256,7 @@ class Commons:
     def levels(self) -> list[int]:
         """Every level of the stock at which players may be asked, highest first."""
         found, new = {self.options.capacity}, [self.options.capacity]
-        sums = {sum(demands) for demands in product(self.options.demands, repeat=self.options.players)}
+        sums = {sum(demands) for demands in product(*self.demands)}
         while new:
             stock = new.pop()
             following = {self.grown(stock, demanded) for demanded in sums} - found - {0}
@@ -305,10 +280,9 @@ class Commons:
             for (stock, takes), probability in reached.items():
                 levels += probability * stock / (o.capacity * o.rounds)
                 for demands, chance in moves[stock]:
-                    for new, share in self.outcomes(stock, demands):
-                        got = tuple(a + b for a, b in zip(takes, new, strict=True))
-                        then = (self.grown(stock, sum(demands)), got)
-                        following[then] = following.get(then, 0.0) + probability * chance * share
+                    got = tuple(a + b for a, b in zip(takes, self.shares(stock, demands), strict=True))
+                    then = (self.grown(stock, sum(demands)), got)
+                    following[then] = following.get(then, 0.0) + probability * chance
             if len(following) > MAX_STATES:
                 raise ScenarioError(
                     f"commons: {o.players} players and {o.rounds} rounds give too many outcomes to compute exactly; "
@@ -329,12 +303,13 @@ class Commons:
             if played == o.rounds or not stock:
                 return 0.0
             found = []
-            for own in range(len(o.demands)):
+            number = len(self.demands[player])
+            for own in range(number):
                 alone = [*policies]
-                alone[player] = {stock: [float(k == own) for k in range(len(o.demands))]}
+                alone[player] = {stock: [float(k == own) for k in range(number)]}
                 found.append(
                     math.fsum(
-                        chance * (self._expected(player, stock, d) + best_from(played + 1, self.grown(stock, sum(d))))
+                        chance * (self.shares(stock, d)[player] + best_from(played + 1, self.grown(stock, sum(d))))
                         for d, chance in self._moves(stock, alone)
                     )
                 )
@@ -342,16 +317,13 @@ class Commons:
 
         return best_from(0, o.capacity)
 
-    def _expected(self, player: int, stock: int, demands: tuple[int, ...]) -> float:
-        return math.fsum(chance * takes[player] for takes, chance in self.outcomes(stock, demands))
-
     def _moves(self, stock: int, policies: Sequence[Policy]) -> list[tuple[tuple[int, ...], float]]:
         """What the players may demand at this stock, and how likely that is; impossible ones left out."""
         found = []
-        for choices in product(range(len(self.options.demands)), repeat=self.options.players):
+        for choices in product(*(range(len(demands)) for demands in self.demands)):
             chance = math.prod(policies[i][stock][choice] for i, choice in enumerate(choices))
             if chance:
-                found.append((tuple(self.options.demands[choice] for choice in choices), chance))
+                found.append((tuple(self.demands[i][choice] for i, choice in enumerate(choices)), chance))
         return found
 
     def _all_moves(self, policies: Sequence[Policy]) -> dict[int, list[tuple[tuple[int, ...], float]]]:
@@ -368,10 +340,9 @@ class Commons:
             following: dict[tuple[int, int, int], float] = {}
             for (stock, total, count), probability in reached.items():
                 for demands, chance in moves[stock]:
-                    for got, share in self.outcomes(stock, demands):
-                        takes = int(got[player] > 0)
-                        then = (self.grown(stock, sum(demands)), total + takes * number, count + takes)
-                        following[then] = following.get(then, 0.0) + probability * chance * share
+                    takes = int(demands[player] > 0)
+                    then = (self.grown(stock, sum(demands)), total + takes * number, count + takes)
+                    following[then] = following.get(then, 0.0) + probability * chance
             reached = following
         return math.fsum(p * total / count for (_, total, count), p in reached.items() if count)
 

@@ -170,7 +170,7 @@ class PublicGoods:
         return repeated(task)
 
     def seats(self, task: TrainingTask) -> Sequence[Seat]:
-        return alike(self.players) if len(set(self.points)) == 1 else [Seat(player) for player in self.players]
+        return alike(self.players, self.points)
 
     async def play(self, task: TrainingTask, table: Table) -> Outcome:
         o = self.options

@@ -9,7 +9,7 @@ multiplied by the same number or when players change places.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from coterie.types import Seat, SeatId
 
@@ -46,7 +46,11 @@ def normalised(value: float, least: float, greatest: float) -> float:
     return min(1.0, max(0.0, (value - least) / (greatest - least)))
 
 
-def alike(names: Sequence[SeatId]) -> list[Seat]:
-    """Seats with the same rules: each but the first is marked symmetric with the first."""
-    first, *others = names
-    return [Seat(first), *(Seat(other, symmetric_with=first) for other in others)]
+def alike(names: Sequence[SeatId], means: Sequence[Hashable] | None = None) -> list[Seat]:
+    """Seats that differ in their `means` alone: each is marked symmetric with the first that has the same."""
+    first: dict[Hashable, SeatId] = {}
+    seats = []
+    for name, own in zip(names, means or [None] * len(names), strict=True):
+        seats.append(Seat(name, symmetric_with=first.get(own)))
+        first.setdefault(own, name)
+    return seats
