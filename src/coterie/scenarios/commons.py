@@ -8,7 +8,7 @@
 
 With the default settings (three players, capacity 6, demands of 0 to 2, doubling) one each keeps the stock for ever
 and two each empty it at once: the tragedy of the commons (Hardin, 1968; Ostrom, 1990). Which of the two comes about
-is the mode's business. Players may be unequal, each with `demands` of its own; greed then makes unequal as well. Figures
+is the mode's business. Players may be unequal, each with `demands` of its own; then greed makes unequal too. Figures
 are those of Perolat et al., "A multi-agent reinforcement learning model of common-pool resource appropriation" (2017,
 arXiv 1707.06600): efficiency, equality, sustainability.
 
