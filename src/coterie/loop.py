@@ -128,9 +128,10 @@ class TrainingLoop:
             await self.engine.publish(model.adapter, None)
 
     async def _run(self, until: int) -> bool:
-        await self.announce()
-        if self.update and self._reached(await self._exact()):
-            return True
+        if self.update:
+            await self.announce()
+            if self._reached(await self._exact()):
+                return True
         while self.update < until and not self.stopping:
             record = await self.step()
             if self.update % self.config.run.checkpoint_every == 0:

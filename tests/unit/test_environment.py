@@ -18,6 +18,7 @@ import torch
 from coterie.config import RunConfig, parse_config
 from coterie.environment import MultiModelEnvironment
 from coterie.errors import AdapterError, ConfigError, RunFolderError, ScenarioError
+from coterie.loop import TrainingLoop
 from coterie.models import (
     LoRAModel,
     ModelConfig,
@@ -392,6 +393,18 @@ def test_a_model_that_learned_nothing_publishes_nothing(make: MakeEnvironment) -
     records = env.run_training_cycle(2)
     assert [record.metrics["learn/a/grad_norm"] for record in records] == [0, 0]
     assert (env.models["a"].version, env.models["a"].weight_updates, env.models["a"].lora_adaptations) == (0, 0, 0)
+
+
+def test_versions_are_announced_once_before_each_update(make: MakeEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce, announced = TrainingLoop.announce, []
+
+    async def noted(loop: TrainingLoop) -> None:
+        announced.append(loop.update)
+        await announce(loop)
+
+    monkeypatch.setattr(TrainingLoop, "announce", noted)
+    make("a", "b").run_training_cycle(3)
+    assert announced == [0, 1, 2]
 
 
 @pytest.mark.parametrize("cycles", [0, -1])
