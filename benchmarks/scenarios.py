@@ -120,6 +120,7 @@ class Series:
             "wall_seconds": round(json.loads(wall.read_text()), 1),
             "updates": len(records),
             "training_seconds": training_seconds(records),
+            "last_quarter": last_quarter(records),
             "machine": machine(info["versions"]),
             "heldout": json.loads(done.read_text(encoding="utf-8")),
         }
@@ -213,6 +214,18 @@ def entry(run: Mapping[str, Any], conditions: Mapping[str, Figures]) -> dict[str
         "tasks": run["heldout"]["tasks"],
         "conditions": {key: kept(figures) for key, figures in conditions.items()},
     }
+
+
+def last_quarter(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Exact figures while training, each its mean over the last quarter of the updates: a policy that circles around
+    an equilibrium may be near it at the end by chance."""
+    begun = 0.75 * records[-1]["update"]
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record["metrics"].items():
+            if record["update"] > begun and name.startswith("exact/"):
+                found.setdefault(name.removeprefix("exact/"), []).append(value)
+    return {name: round(fmean(values), 6) for name, values in found.items()}
 
 
 def mean_of_learners(alone: Mapping[tuple[str, ...], Figures], teams: Mapping[str, str | None]) -> Figures:

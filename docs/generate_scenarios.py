@@ -8,7 +8,7 @@ What stands between two markers, each alone on its line, is replaced:
     <!-- example: configs/signaling.toml -->     what each seat is shown at its first turn of the first training task
     <!-- /example -->                            words after the path: zh, turns=3, seats=a,b
     <!-- table: configs/signaling.toml -->       what was measured; words after the path: metrics=success,score
-    <!-- /table -->
+    <!-- /table -->                              success@quarter is its mean over the last quarter of the training
     <!-- variants: configs/commons.toml -->      the config as shipped and its variants; metrics=… as above
     <!-- /variants -->
     <!-- matches: configs/team-blotto.toml -->   odds of trained teams against the base and with swapped partners
@@ -52,6 +52,8 @@ from coterie.scenarios.base import build_scenario, draw_tasks  # noqa: E402
 from coterie.scenarios.practice import Asked, PracticeTable  # noqa: E402
 from coterie.types import PlayerCard, Seat, Split  # noqa: E402
 
+QUARTER = "@quarter"
+"""After the name of an exact figure: its mean over the last quarter of the training."""
 PAGES = ROOT / "docs" / "scenarios"
 _MARKER = re.compile(
     r"^<!-- (?:(?P<kind>example|table|variants|matches|list|summary)(?:: (?P<words>.*?))?|/(?P<end>\w+)) -->$",
@@ -133,8 +135,8 @@ def table(config_path: str, results: Path, *, metrics: Sequence[str] = ()) -> st
         "| --- |" + " ---: |" * len(columns),
     ]
     for name in names:
-        cells = [_cell([_value(run["conditions"][key], name, config_path) for run in runs]) for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [_of_runs(runs, key, name, config_path) for key in columns]
+        lines.append(f"| {_shown(name)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _how(runs) + _longer(config_path, runs, columns)])
 
 
@@ -145,15 +147,16 @@ def variants(config_path: str, results: Path, *, metrics: Sequence[str] = ()) ->
     if not changed:
         return _missing(config_path, " --variant NAME KEY=VALUE")
     names = list(metrics) or _metrics(changed)
-    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    rows = {"untrained": [run["conditions"]["calibrated base"] for run in [*shipped, *changed]]}
+    lines = ["| | " + " | ".join(map(_shown, names)) + " |", "| --- |" + " ---: |" * len(names)]
+    rows = {"untrained": [*shipped, *changed]}
     if shipped:
-        rows["as shipped"] = [run["conditions"]["together"] for run in shipped]
+        rows["as shipped"] = shipped
     for run in changed:
         label = f"{run['variant']} (" + ", ".join(f"`{change}`" for change in run["changes"]) + ")"
-        rows.setdefault(label, []).append(run["conditions"]["together"])
-    for label, figures in rows.items():
-        cells = [_cell([_value(one, name, config_path) for one in figures]) for name in names]
+        rows.setdefault(label, []).append(run)
+    for label, of in rows.items():
+        key = "calibrated base" if label == "untrained" else "together"
+        cells = [_of_runs(of, key, name, config_path) for name in names]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _how([*shipped, *changed])])
 
@@ -192,6 +195,29 @@ def _missing(config_path: str, more: str = "") -> str:
 def _metrics(runs: Sequence[Run]) -> list[str]:
     trained = runs[0]["conditions"]["together"]
     return list(trained["exact"]) or [*trained["outcome"], "score"]
+
+
+def _shown(name: str) -> str:
+    return name.replace(QUARTER, ", mean of the last quarter")
+
+
+def _of_runs(runs: Sequence[Run], key: str, name: str, config_path: str) -> str:
+    """A cell: the figure under this condition; empty where there is none because nothing was being trained.
+
+    Raises:
+        ValueError: there is no such figure, or these results were made before it was kept.
+    """
+    if not name.endswith(QUARTER):
+        return _cell([_value(run["conditions"][key], name, config_path) for run in runs])
+    if key != "together":
+        return ""
+    figures = [run.get("last_quarter", {}) for run in runs]
+    if any(name.removesuffix(QUARTER) not in found for found in figures):
+        raise ValueError(
+            f"{config_path}: no run kept {name.removesuffix(QUARTER)!r} while training; set evaluation.every, and "
+            f"measure it again: python benchmarks/scenarios.py {config_path}"
+        )
+    return _cell([found[name.removesuffix(QUARTER)] for found in figures])
 
 
 def _value(figures: Mapping[str, Any], name: str, config_path: str) -> float:

@@ -104,6 +104,16 @@ def test_all_conditions_of_two_seeds(tiny_path: Path, tmp_path: Path, commands: 
     assert commands.ran == []
 
 
+def test_the_last_quarter_is_of_the_training(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
+    path = config(tmp_path, tiny_path, updates=5, evaluation={"tasks": 4, "every": 1})
+    assert measure(path, tmp_path, "--seeds", "0", "--only", "together") == 0
+    (run,) = json.loads((tmp_path / "results" / "code.json").read_text())["runs"]
+    (work,) = (tmp_path / "work").iterdir()
+    lines = (work / "seed0" / "metrics.jsonl").read_text().splitlines()
+    recorded = [json.loads(line)["metrics"]["exact/success"] for line in lines]
+    assert run["last_quarter"]["success"] == pytest.approx(sum(recorded[3:]) / 2, abs=1e-6)
+
+
 def test_only_what_is_asked_for(tiny_path: Path, tmp_path: Path, commands: Commands) -> None:
     path = config(tmp_path, tiny_path)
     assert measure(path, tmp_path, "--seeds", "3", "--only", "together") == 0

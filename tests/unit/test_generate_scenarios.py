@@ -128,6 +128,21 @@ def test_a_table_has_means_and_ranges(tmp_path: Path) -> None:
         generate.table(SIGNALING, tmp_path, metrics=["nash_conv"])
 
 
+def test_a_figure_may_be_the_mean_of_the_last_quarter(tmp_path: Path) -> None:
+    write_results(tmp_path, variants=("", "plain"))
+    with pytest.raises(ValueError, match=r"no run kept 'success' while training; set evaluation\.every"):
+        generate.table(SIGNALING, tmp_path, metrics=["success@quarter"])
+    known = claims_file.read(tmp_path / "signaling.json")
+    runs = tuple({**run, "last_quarter": {"success": 0.5 + run["seed"] / 5}} for run in known.runs)
+    claims_file.write(tmp_path / "signaling.json", claims_file.ClaimFile("signaling", SIGNALING, known.digest, runs))
+    shown = generate.table(SIGNALING, tmp_path, metrics=["success", "success@quarter"]).splitlines()
+    assert shown[3] == "| success, mean of the last quarter |  |  | 0.600 (0.500 to 0.700) |"
+    shown = generate.variants(SIGNALING, tmp_path, metrics=["success@quarter"]).splitlines()
+    assert shown[0] == "| | success, mean of the last quarter |"
+    assert [line.rpartition("| ")[0].strip() for line in shown[2:3]] == ["| untrained"], "nobody was being trained"
+    assert shown[3] == "| as shipped | 0.600 (0.500 to 0.700) |"
+
+
 def test_a_figure_of_the_scenario_goes_before_the_mean_of_that_name() -> None:
     measured = figures(0.1, 0.2, 0.9)
     assert generate._value(measured, "score", SIGNALING) == 0.9
