@@ -167,7 +167,7 @@ def test_options_are_checked() -> None:
         ({"demands": [1]}, "rising"),
         ({"demands": [-1, 1]}, "rising"),
         ({"demands": [2, 3]}, "whatever they do"),
-        ({"demands": []}, "two different whole numbers"),
+        ({"demands": []}, "two or more different whole numbers"),
         ({"demands": [[0, 1], [0, 1]]}, "2 lists for 3 players"),
         ({"demands": [[0, 1], [0, 1], [1]]}, "rising"),
     ]:

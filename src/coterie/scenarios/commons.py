@@ -77,7 +77,7 @@ class CommonsOptions(ScenarioOptions):
                 f"demands has {len(own)} lists for {self.players} players; give one list for all or one for each"
             )
         if any(len(asked) < 2 or list(asked) != sorted(set(asked)) or asked[0] < 0 for asked in own):
-            raise ValueError("demands needs two different whole numbers of at least 0 or more, in rising order")
+            raise ValueError("demands needs two or more different whole numbers of at least 0, in rising order")
         least = sum(demands[0] for demands in own)
         if least >= self.capacity:
             raise ValueError(
