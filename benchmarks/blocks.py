@@ -11,12 +11,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from claims_file import ClaimFile, Run
+from claims_file import SCENARIOS, ClaimFile, Run
 
 Results = Mapping[str, ClaimFile]
 """Claim -> its runs; a claim that was not measured is absent."""
 
 PLAYERS = ("bare base", "calibrated base", "trained")
+FIGURES = (
+    ("scenarios/signaling", "success"),
+    ("scenarios/commons", "efficiency"),
+    ("scenarios/kuhn", "nash_conv"),
+    ("scenarios/leduc", "nash_conv"),
+)
+"""What shows whether models learned with one another: results, and which of their exact figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +55,15 @@ class Words:
     before: str
     cooperation: str
     mean: str
+    learned: tuple[str, str, str, str, str]
+    """Head of what was learned together, beside what was not."""
+    figures: tuple[str, str, str, str]
+    """As `FIGURES`."""
 
 
 WORDS = {
     "en": Words(
-        missing="*Not measured yet; `python benchmarks/claims.py {command}` does it.*",
+        missing="*Not measured yet; `python benchmarks/{command}` does it.*",
         machine="Measured on {cores} cores of {cpu} ({system}), Python {python}, PyTorch {torch}, Coterie {coterie}, "
         "{{date}}.",
         tasks="Over {seeds}, each of {updates} updates and {seconds} s of training ({wall} s in all, with loading, "
@@ -79,9 +90,11 @@ WORDS = {
         before="before training",
         cooperation="cooperation, {}",
         mean="mean",
+        learned=("", "nobody trained", "partners frozen", "trained apart", "trained together"),
+        figures=("signalling, success", "commons, efficiency", "Kuhn poker, NashConv", "Leduc hold'em, NashConv"),
     ),
     "zh": Words(
-        missing="*尚未测量；运行 `python benchmarks/claims.py {command}` 即可。*",
+        missing="*尚未测量；运行 `python benchmarks/{command}` 即可。*",
         machine="测量环境：{cpu} 的 {cores} 个核（{system}），Python {python}，PyTorch {torch}，Coterie {coterie}，"
         "{{date}}。",
         tasks="{seeds}，每次 {updates} 步更新、训练 {seconds} 秒（连同加载、校准和评估共 {wall} 秒）：在 {heldout} 个"
@@ -107,6 +120,8 @@ WORDS = {
         before="训练前",
         cooperation="合作概率，{}",
         mean="平均",
+        learned=("", "无人训练", "伙伴冻结", "分开训练", "一起训练"),
+        figures=("信号博弈，成功率", "公地，效率", "库恩扑克，NashConv", "Leduc 扑克，NashConv"),
     ),
 }
 
@@ -122,20 +137,20 @@ def machine_block(results: Results, words: Words) -> str:
             sentence = words.machine.format(**run["machine"])
             told.setdefault(sentence, []).append(run["date"])
     if not told:
-        return _missing("tasks", words)
+        return _missing("claims.py tasks", words)
     return " ".join(sentence.format(date=_span(dates, words)) for sentence, dates in sorted(told.items()))
 
 
 def tasks_run_block(results: Results, words: Words) -> str:
     """The table a run of the task queue ends with, as the terminal shows it; of the first seed."""
     found = results.get("tasks")
-    return f"```\n{final_table(found.runs[0])}\n```" if found else _missing("tasks", words)
+    return f"```\n{final_table(found.runs[0])}\n```" if found else _missing("claims.py tasks", words)
 
 
 def tasks_summary_block(results: Results, words: Words) -> str:
     found = results.get("tasks")
     if not found:
-        return _missing("tasks", words)
+        return _missing("claims.py tasks", words)
     runs = found.runs
     means = {player: [run["heldout"]["players"][player]["mean"] for run in runs] for player in PLAYERS}
     gains = {
@@ -163,7 +178,7 @@ def tasks_table_block(results: Results, words: Words) -> str:
     """By task type: mean over models and seeds of held-out accuracy."""
     found = results.get("tasks")
     if not found:
-        return _missing("tasks", words)
+        return _missing("claims.py tasks", words)
     runs = found.runs
     rows = []
     for kind in _kinds(runs[0]):
@@ -178,7 +193,7 @@ def signaling_block(results: Results, words: Words) -> str:
     """Exact success of the invented code, seed by seed."""
     found = results.get("signaling")
     if not found:
-        return _missing("signaling", words)
+        return _missing("claims.py signaling", words)
     head = [words.seed_column, words.updates, words.training, *(words.success.format(p) for p in words.players)]
     rows = [
         [str(run["seed"]), str(run["updates"]), f"{run['training_seconds']:.0f}"]
@@ -192,7 +207,7 @@ def dilemma_block(results: Results, words: Words) -> str:
     """Exact probability of cooperating in the end, by mode and level."""
     found = results.get("prisoners_dilemma")
     if not found:
-        return _missing("matrix", words)
+        return _missing("claims.py matrix", words)
     seeds = sorted({run["seed"] for run in found.runs})
     head = [words.mode, "`cooperation_level`", words.before]
     head += [words.cooperation.format(words.seed.format(seed)) for seed in seeds] + [words.mean]
@@ -209,6 +224,22 @@ def dilemma_block(results: Results, words: Words) -> str:
     return _markdown(head, rows)
 
 
+def together_block(results: Results, words: Words) -> str:
+    """What training together comes to beside frozen partners and beside partners that never met; mean over seeds."""
+    rows = []
+    for (claim, figure), name in zip(FIGURES, words.figures, strict=True):
+        found = results.get(claim)
+        runs = [run for run in found.runs if not run["variant"]] if found else []
+        if not runs:
+            return _missing(f"scenarios.py {SCENARIOS[claim]}", words)
+        cells = (
+            fmean(run["conditions"][key]["exact"][figure] for run in runs)
+            for key in ("calibrated base", "frozen", "apart", "together")
+        )
+        rows.append([name, *(f"{value:.3f}" for value in cells)])
+    return _markdown(words.learned, rows)
+
+
 BLOCKS: dict[str, Callable[[Results, Words], str]] = {
     "machine": machine_block,
     "tasks-run": tasks_run_block,
@@ -216,6 +247,7 @@ BLOCKS: dict[str, Callable[[Results, Words], str]] = {
     "tasks-table": tasks_table_block,
     "signaling": signaling_block,
     "dilemma": dilemma_block,
+    "together": together_block,
 }
 """Name of a marker -> what stands there."""
 

@@ -66,6 +66,12 @@ def signaling_run(seed: int, end: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def scenario_run(seed: int, end: float) -> dict[str, Any]:
+    values = {"calibrated base": 0.25, "frozen": 0.5, "apart": 0.125, "together": end}
+    figures = {key: {"exact": dict.fromkeys(("success", "efficiency", "nash_conv"), v)} for key, v in values.items()}
+    return {"variant": "", "seed": seed, "date": "2026-01-01", "conditions": figures, "machine": MACHINE}
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Any:
     """A repository in small: configs, results of every claim, and two documents with every marker."""
@@ -83,17 +89,32 @@ def place(tmp_path: Path) -> Any:
             dilemma_run("competitive", None, 0, 0.01),
         ],
     }
-    for claim, config in claims_file.CONFIGS.items():
+    found |= {claim: [scenario_run(0, 0.9), scenario_run(1, 0.8)] for claim in claims_file.SCENARIOS}
+    for claim, config in (claims_file.CONFIGS | claims_file.SCENARIOS).items():
         path = tmp_path / config
-        path.write_text(f"name = '{claim}'\n")
+        path.write_text(f"name = '{path.stem}'\n")
         file = claims_file.ClaimFile(claim, config, claims_file.digest(path))
         for run in found[claim]:
             file = file.merged(run)
         claims_file.write(made.results / f"{claim}.json", file)
-    every = "\n\n".join(f"<!-- claims:{name} -->\nold\n<!-- /claims -->" for name in blocks.BLOCKS)
+    every = "\n\n".join(f"<!-- claims:{name} -->\nas it was\n<!-- /claims -->" for name in blocks.BLOCKS)
     (tmp_path / "README.md").write_text(f"# Title\n\n{every}\n\nthe end\n")
     (tmp_path / "docs" / "page.zh-CN.md").write_text(f"# 标题\n\n{every}\n")
     return made
+
+
+def test_what_was_learned_together_stands_beside_what_was_not(place: Any) -> None:
+    lines = blocks.together_block(place.load(), EN).splitlines()
+    assert lines[0] == "|  | nobody trained | partners frozen | trained apart | trained together |"
+    assert lines[2] == "| signalling, success | 0.250 | 0.500 | 0.125 | 0.850 |"
+    assert lines[5] == "| Leduc hold'em, NashConv | 0.250 | 0.500 | 0.125 | 0.850 |"
+    other = {**scenario_run(0, 0.1), "variant": "competitive"}
+    found = place.load()
+    path = place.results / "scenarios" / "kuhn.json"
+    claims_file.write(path, found["scenarios/kuhn"].merged(other))
+    assert blocks.together_block(place.load(), EN).splitlines() == lines, "variants do not count"
+    path.unlink()
+    assert "`python benchmarks/scenarios.py configs/kuhn.toml` does it" in blocks.together_block(place.load(), EN)
 
 
 def test_held_out_accuracy_by_task_type(place: Any) -> None:
@@ -171,7 +192,7 @@ def test_every_block_speaks_chinese_too(place: Any) -> None:
 
 def test_what_was_not_measured_says_how_to_measure_it() -> None:
     for name, block in blocks.BLOCKS.items():
-        assert "python benchmarks/claims.py " in block({}, EN), name
+        assert "`python benchmarks/" in block({}, EN), name
 
 
 def test_blocks_are_replaced_and_nothing_else(place: Any) -> None:
@@ -179,7 +200,7 @@ def test_blocks_are_replaced_and_nothing_else(place: Any) -> None:
     text = (place.root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- claims:machine -->\nMeasured on 2 cores")
     assert text.endswith("<!-- /claims -->\n\nthe end\n")
-    assert "old" not in text
+    assert "as it was" not in text
     chinese = (place.root / "docs" / "page.zh-CN.md").read_text()
     assert chinese.startswith("# 标题\n\n<!-- claims:machine -->\n测量环境")
     assert write_docs.main(["--check"], place) == 0
