@@ -74,6 +74,7 @@ test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VEN
 external-camel:
 	$(EXTERNAL) $(CAMEL_VENV)/bin/python -m pytest tests/external -m "not oasis" $(ARGS)
 
+external-others: export COTERIE_FIRST_CORE = 1
 external-others:
 	$(EXTERNAL) $(OASIS_VENV)/bin/python -m pytest tests/external tests/unit/test_configs.py -m oasis $(ARGS)
 	$(EXTERNAL) $(CAMEL_NEWEST_VENV)/bin/python -m pytest tests/external -m "camel or openai" $(ARGS)
