@@ -33,14 +33,12 @@ OASIS_VENV ?= .venv-oasis
 PIP_EXTERNAL = $(@D)/bin/python -m pip install $(PIP_FLAGS) --no-compile
 # camel-ai 0.2.78 needs Python 3.12 or older.
 PYTHON_EXTERNAL ?= python3.12 python3.11
+EXTERNAL_READY = $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready $(OASIS_VENV)/.ready
 EXTERNAL := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COTERIE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python
 
-.PHONY: help train test test-games test-external external-camel external-others oasis lint format model setup clean
+.PHONY: help train test test-games test-external environments oasis lint format model setup clean
 .DEFAULT_GOAL := help
-# One thing after the other, whatever -j says, but for the two halves of the external tests.
-ifndef HALVES
 .NOTPARALLEL:
-endif
 
 help:
 	@echo "make train   set up, then train three models together: $(CONFIG)"
@@ -66,18 +64,16 @@ test: setup
 test-games: $(GAMES_VENV)/.ready
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(GAMES_VENV)/bin/python -m pytest tests/games $(ARGS)
 
-# Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it. Much of it waits for servers to
-# start, so one half runs beside the other; each half's output comes when it is done.
-test-external: model $(VLLM_VENV)/.ready $(CAMEL_VENV)/.ready $(CAMEL_NEWEST_VENV)/.ready $(OASIS_VENV)/.ready
-	@$(MAKE) --no-print-directory -j2 --output-sync=target HALVES=2 external-camel external-others
-
-external-camel:
+# Everything with the CAMEL that OASIS pins; with the newest CAMEL what depends on it. One after the other: a real vLLM or
+# two, and engines of our own beside them, fill 15 GB.
+test-external: model $(EXTERNAL_READY)
 	$(EXTERNAL) $(CAMEL_VENV)/bin/python -m pytest tests/external -m "not oasis" $(ARGS)
-
-external-others: export COTERIE_FIRST_CORE = 1
-external-others:
 	$(EXTERNAL) $(OASIS_VENV)/bin/python -m pytest tests/external tests/unit/test_configs.py -m oasis $(ARGS)
 	$(EXTERNAL) $(CAMEL_NEWEST_VENV)/bin/python -m pytest tests/external -m "camel or openai" $(ARGS)
+
+# Whatever test-games and test-external need, and nothing else: installing it waits for downloads and disks more than it
+# computes, so CI does it while the other tests run.
+environments: $(GAMES_VENV)/.ready $(EXTERNAL_READY)
 
 oasis: model $(OASIS_VENV)/.ready
 	@echo "$(OASIS_VENV)/bin/coterie train configs/oasis-campaign.toml"

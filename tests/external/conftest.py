@@ -72,8 +72,7 @@ def launch(number: int, base: Path, adapters: Path) -> Launch:
     python = os.environ.get("COTERIE_VLLM_PYTHON")
     if not python:
         pytest.fail("COTERIE_VLLM_PYTHON is not set; run these tests by: make test-external", pytrace=False)
-    # each server keeps to a core of its own, also beside those of tests that run at the same time
-    return vllm_command(python, str(base), SERVED, core=int(os.environ.get("COTERIE_FIRST_CORE", "0")) + number)
+    return vllm_command(python, str(base), SERVED, core=number)
 
 
 @pytest.fixture(scope="session")
