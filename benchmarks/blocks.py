@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from claims_file import SCENARIOS, ClaimFile, Run
+from claims_file import ClaimFile, Run
 
 Results = Mapping[str, ClaimFile]
 """Claim -> its runs; a claim that was not measured is absent."""
 
 PLAYERS = ("bare base", "calibrated base", "trained")
-FIGURES = (
-    ("scenarios/signaling", "success"),
-    ("scenarios/commons", "efficiency"),
-    ("scenarios/kuhn", "nash_conv"),
-    ("scenarios/leduc", "nash_conv"),
-)
-"""What shows whether models learned with one another: results, and which of their exact figures."""
+TOGETHER = {
+    "scenarios/signaling": "success",
+    "scenarios/commons": "efficiency",
+    "scenarios/kuhn": "nash_conv",
+    "scenarios/leduc": "nash_conv",
+}
+"""What shows whether models learned with one another: results of `scenarios.py` -> which of their exact figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Words:
     learned: tuple[str, str, str, str, str]
     """Head of what was learned together, beside what was not."""
     figures: tuple[str, str, str, str]
-    """As `FIGURES`."""
+    """As `TOGETHER`."""
 
 
 WORDS = {
@@ -227,11 +227,11 @@ def dilemma_block(results: Results, words: Words) -> str:
 def together_block(results: Results, words: Words) -> str:
     """What training together comes to beside frozen partners and beside partners that never met; mean over seeds."""
     rows = []
-    for (claim, figure), name in zip(FIGURES, words.figures, strict=True):
+    for (claim, figure), name in zip(TOGETHER.items(), words.figures, strict=True):
         found = results.get(claim)
         runs = [run for run in found.runs if not run["variant"]] if found else []
         if not runs:
-            return _missing(f"scenarios.py {SCENARIOS[claim]}", words)
+            return _missing(f"scenarios.py {claim.replace('scenarios', 'configs')}.toml", words)
         cells = (
             fmean(run["conditions"][key]["exact"][figure] for run in runs)
             for key in ("calibrated base", "frozen", "apart", "together")

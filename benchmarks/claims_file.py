@@ -29,8 +29,6 @@ CONFIGS = {
     "prisoners_dilemma": "configs/prisoners-dilemma.toml",
 }
 """Claim -> the shipped config it is about, relative to the repository."""
-SCENARIOS = {f"scenarios/{name}": f"configs/{name}.toml" for name in ("signaling", "commons", "kuhn", "leduc")}
-"""Results of `scenarios.py` that documents quote as well -> their configs."""
 
 Run = Mapping[str, Any]
 

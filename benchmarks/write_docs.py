@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blocks import BLOCKS, WORDS, Results, Words, by_variant, cooperation
-from claims_file import CONFIGS, RESULTS, ROOT, SCENARIOS, ClaimFile, digest, read
+from blocks import BLOCKS, TOGETHER, WORDS, Results, Words, by_variant, cooperation
+from claims_file import CONFIGS, RESULTS, ROOT, ClaimFile, digest, read
 
 FIGURES = {"tasks": "learning-curve.svg", "prisoners_dilemma": "one-switch.svg"}
 """Claim -> its figure in docs/figures."""
@@ -64,7 +64,7 @@ class Place:
 
     def load(self) -> dict[str, ClaimFile]:
         """The claims that were measured. Raises `ValueError` for a damaged file."""
-        found = {claim: read(self.results / f"{claim}.json") for claim in (*CONFIGS, *SCENARIOS)}
+        found = {claim: read(self.results / f"{claim}.json") for claim in (*CONFIGS, *TOGETHER)}
         return {claim: file for claim, file in found.items() if file is not None and file.runs}
 
     def documents(self) -> list[Path]:

@@ -211,13 +211,14 @@ def _of_runs(runs: Sequence[Run], key: str, name: str, config_path: str) -> str:
         return _cell([_value(run["conditions"][key], name, config_path) for run in runs])
     if key != "together":
         return ""
-    figures = [run.get("last_quarter", {}) for run in runs]
-    if any(name.removesuffix(QUARTER) not in found for found in figures):
+    figure = name.removesuffix(QUARTER)
+    kept = [run.get("last_quarter", {}) for run in runs]
+    if any(figure not in found for found in kept):
         raise ValueError(
-            f"{config_path}: no run kept {name.removesuffix(QUARTER)!r} while training; set evaluation.every, and "
+            f"{config_path}: no run kept {figure!r} while training; set evaluation.every, and "
             f"measure it again: python benchmarks/scenarios.py {config_path}"
         )
-    return _cell([found[name.removesuffix(QUARTER)] for found in figures])
+    return _cell([found[figure] for found in kept])
 
 
 def _value(figures: Mapping[str, Any], name: str, config_path: str) -> float:

@@ -53,7 +53,7 @@ def test_giving_all_makes_the_unequal_equal() -> None:
     scenario = goods(endowment=[2, 3, 4])
     nothing, table = play(scenario, answer=gifts([0, 0, 0]))
     everything, _ = play(scenario, answer=gifts([2, 3, 4]))
-    assert [table[seat].shown[0].system[:8] for seat in table.seats] == ["You have"] * 3
+    assert [table[seat].shown[0].system[:17] for seat in table.seats] == [f"You have {n} points" for n in (2, 3, 4)]
     assert [scenario.question(i, (), "en").choices[-1] for i in range(3)] == ["2", "3", "4"]
     # payoffs 2, 3, 4 and 6, 6, 6; least: 2 given alone, 2 * 2 / 3; greatest: 4 kept and the others' 5 doubled
     low, high = 4 / 3, 4 + 10 / 3

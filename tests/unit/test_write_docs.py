@@ -89,8 +89,9 @@ def place(tmp_path: Path) -> Any:
             dilemma_run("competitive", None, 0, 0.01),
         ],
     }
-    found |= {claim: [scenario_run(0, 0.9), scenario_run(1, 0.8)] for claim in claims_file.SCENARIOS}
-    for claim, config in (claims_file.CONFIGS | claims_file.SCENARIOS).items():
+    found |= {claim: [scenario_run(0, 0.9), scenario_run(1, 0.8)] for claim in blocks.TOGETHER}
+    quoted = {claim: f"configs/{Path(claim).name}.toml" for claim in blocks.TOGETHER}
+    for claim, config in (claims_file.CONFIGS | quoted).items():
         path = tmp_path / config
         path.write_text(f"name = '{path.stem}'\n")
         file = claims_file.ClaimFile(claim, config, claims_file.digest(path))
@@ -192,7 +193,8 @@ def test_every_block_speaks_chinese_too(place: Any) -> None:
 
 def test_what_was_not_measured_says_how_to_measure_it() -> None:
     for name, block in blocks.BLOCKS.items():
-        assert "`python benchmarks/" in block({}, EN), name
+        script = "scenarios.py configs/signaling.toml" if name == "together" else "claims.py "
+        assert f"python benchmarks/{script}" in block({}, EN), name
 
 
 def test_blocks_are_replaced_and_nothing_else(place: Any) -> None:
